@@ -1,0 +1,86 @@
+// The threads of torch's own OpenMP team; see threads.h.
+#include "threads.h"
+
+#include <dlfcn.h>
+#include <sched.h>
+
+#include <atomic>
+
+namespace pyrnnfast {
+namespace {
+
+struct OpenMp {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+  int (*thread_num)();
+  int (*num_threads)();
+  int (*in_parallel)();
+};
+
+template <class Fn>
+void look_up(Fn*& fn, const char* name) {
+  fn = reinterpret_cast<Fn*>(dlsym(RTLD_DEFAULT, name));
+}
+
+const OpenMp* open_mp() {
+  static const OpenMp found = [] {
+    OpenMp omp{};
+    look_up(omp.parallel, "GOMP_parallel");
+    look_up(omp.thread_num, "omp_get_thread_num");
+    look_up(omp.num_threads, "omp_get_num_threads");
+    look_up(omp.in_parallel, "omp_in_parallel");
+    return omp;
+  }();
+  return found.parallel && found.thread_num && found.num_threads && found.in_parallel ? &found : nullptr;
+}
+
+struct Call {
+  void (*body)(void*, int, int);
+  void* context;
+  const OpenMp* omp;
+};
+
+void enter(void* data) {
+  const auto& call = *static_cast<const Call*>(data);
+  // The team's size is what the region reports, not what was asked for: a barrier for more would never open.
+  call.body(call.context, call.omp->thread_num(), call.omp->num_threads());
+}
+
+std::atomic_flag team_taken = ATOMIC_FLAG_INIT;
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+void Barrier::wait(int parties) {
+  const unsigned generation = __atomic_load_n(&generation_, __ATOMIC_RELAXED);
+  if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == parties) {
+    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  // A step takes microseconds, so spin first; then give way, as the thread that we wait for may want this very core.
+  for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation; ++spins) {
+    if (spins < 4096) {
+      pause_cpu();
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+void parallel(int threads, void (*body)(void*, int, int), void* context) {
+  const OpenMp* omp = threads > 1 ? open_mp() : nullptr;
+  if (omp == nullptr || omp->in_parallel() || team_taken.test_and_set(std::memory_order_acquire)) {
+    body(context, 0, 1);
+    return;
+  }
+  Call call{body, context, omp};
+  omp->parallel(enter, &call, static_cast<unsigned>(threads), 0);
+  team_taken.clear(std::memory_order_release);
+}
+
+}  // namespace pyrnnfast

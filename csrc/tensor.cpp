@@ -1,0 +1,85 @@
+// Reads a torch tensor; see tensor.h.
+#include "tensor.h"
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace pyrnnfast {
+namespace {
+
+namespace dlpack {
+struct Version {
+  uint32_t major, minor;
+};
+struct Device {
+  int32_t type, id;
+};
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t dimensions;
+  DataType type;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+struct ExchangeTable {
+  Version version;
+  ExchangeTable* previous;
+  void* allocate;
+  void* managed_from_object;
+  void* managed_to_object;
+  int (*borrow)(void* object, Tensor* out);
+  void* current_stream;
+};
+constexpr uint32_t kMajor = 1;
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kInt = 0, kFloat = 2;
+}  // namespace dlpack
+
+ElementType element_type(const dlpack::DataType& type) {
+  if (type.lanes != 1) return ElementType::other;
+  if (type.code == dlpack::kFloat && type.bits == 32) return ElementType::float32;
+  if (type.code == dlpack::kFloat && type.bits == 64) return ElementType::float64;
+  if (type.code == dlpack::kInt && type.bits == 64) return ElementType::int64;
+  return ElementType::other;
+}
+
+}  // namespace
+
+Operand read_tensor(py::handle object, const char* name) {
+  if (object.is_none()) return {};
+  const auto type = py::type::handle_of(object);
+  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+  if (!PyCapsule_CheckExact(capsule.ptr())) {
+    throw py::type_error(std::string(name) + " must be a torch.Tensor, got " +
+                         py::str(type.attr("__name__")).cast<std::string>());
+  }
+  const auto* table =
+      static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (table == nullptr) throw py::error_already_set();
+  if (table->version.major != dlpack::kMajor || table->borrow == nullptr) {
+    throw py::type_error("this torch speaks DLPack " + std::to_string(table->version.major) +
+                         ", which this build of pyrnnfast does not read");
+  }
+  dlpack::Tensor tensor{};
+  if (table->borrow(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  Operand operand;
+  operand.present = true;
+  operand.data = tensor.data == nullptr ? nullptr : static_cast<char*>(tensor.data) + tensor.byte_offset;
+  operand.dimensions = tensor.dimensions;
+  for (int i = 0; i < tensor.dimensions && i < 2; ++i) {
+    operand.shape[i] = tensor.shape[i];
+    operand.stride[i] = tensor.strides[i];
+  }
+  operand.type = element_type(tensor.type);
+  operand.on_cpu = tensor.device.type == dlpack::kCpu;
+  return operand;
+}
+
+}  // namespace pyrnnfast

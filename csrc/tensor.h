@@ -1,0 +1,14 @@
+// Reads a torch tensor through DLPack's C exchange table, which torch.Tensor carries as `__dlpack_c_exchange_api__`:
+// no libtorch, no copy, no reference taken. The declarations are the binary interface of DLPack 1.2 or later.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "check.h"
+
+namespace pyrnnfast {
+
+// An absent operand for None; py::type_error for what is no tensor. The tensor must outlive the result.
+Operand read_tensor(pybind11::handle object, const char* name);
+
+}  // namespace pyrnnfast

@@ -1,0 +1,391 @@
+"""Layers, directions and layouts around one recurrent layer, and the choice between our kernels and torch's operators.
+
+``rnn``, ``gru``, ``lstm`` and the cells take the arguments that torch.nn's modules hold, weights in the modules' order.
+What the kernels do not serve, bad input included, goes to torch, which computes it or raises with its own words:
+:func:`obstacle` says why, before anything is done.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _cpu, autograd
+
+Hidden = Tensor | tuple[Tensor, Tensor] | None
+"""``h0``, or ``(h0, c0)`` for the LSTM, each [layers·D, B, H], or [layers·D, H] unbatched; None: zeros."""
+
+Result = tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]
+
+_SERVED_DTYPES = (torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Spec(NamedTuple):
+    """What a recurrent module is, apart from its weights. ``cell`` as in :data:`pyrnnfast.reference.STEPS`."""
+
+    cell: str
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    training: bool = False
+    bidirectional: bool = False
+    proj_size: int = 0
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def per_direction(self) -> int:
+        """Weights of one direction of one layer."""
+        return 4 if self.bias else 2
+
+
+def _context_obstacle() -> str | None:
+    """Why not, from the state of torch: transforms that must see torch's own operators."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing"
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a torch dispatch mode is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return None
+
+
+def _tensor_obstacle(name: str, tensor: object, dtype: torch.dtype) -> str | None:
+    """Why not, from one operand."""
+    if type(tensor) not in _PLAIN:
+        return f"{name} is {'a' if isinstance(tensor, Tensor) else 'no tensor but a'} {type(tensor).__name__}"
+    assert isinstance(tensor, Tensor)
+    if tensor.device.type != "cpu":
+        return f"{name} is on {tensor.device}"
+    if tensor.dtype is not dtype:
+        return f"{name} is {tensor.dtype}, where {dtype} is the dtype of the weights"
+    if tensor.layout is not torch.strided:
+        return f"{name} has the layout {tensor.layout}"
+    if tensor.is_neg():
+        return f"{name} is a lazily negated view"
+    return None
+
+
+def _weights_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
+    per_direction, directions = spec.per_direction, spec.directions
+    if len(weights) != spec.num_layers * directions * per_direction:
+        return f"{spec.num_layers * directions * per_direction} weights are expected, got {len(weights)}"
+    dtype = weights[0].dtype
+    if dtype not in _SERVED_DTYPES:
+        return f"the kernels serve float32 and float64, not {dtype}"
+    rows = autograd.CELLS[spec.cell].gates * spec.hidden_size
+    for k, weight in enumerate(weights):
+        reason = _tensor_obstacle("a weight", weight, dtype)
+        if reason is not None:
+            return reason
+        kind, layer = k % per_direction, k // (per_direction * directions)
+        inputs = spec.input_size if layer == 0 else spec.hidden_size * directions
+        expected = ((rows, inputs), (rows, spec.hidden_size), (rows,), (rows,))[kind]
+        if weight.shape != expected:
+            return f"a weight has the shape {list(weight.shape)}, where {list(expected)} is expected"
+    return None
+
+
+def obstacle(
+    spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequence[Tensor], single_step: bool = False
+) -> str | None:
+    """Why our kernels do not serve this call, or None when they do. ``single_step``: of a cell module, whose
+    input has no time dimension."""
+    if spec.cell not in autograd.CELLS:
+        return f"there is no kernel for the cell {spec.cell!r}"
+    reason = _context_obstacle() or (
+        "a projection (proj_size) is left to torch" if spec.proj_size else _weights_obstacle(spec, weights)
+    )
+    if reason is not None:
+        return reason
+    packed = isinstance(input, PackedSequence)
+    data = input.data if isinstance(input, PackedSequence) else input
+    dtype = weights[0].dtype
+    reason = _tensor_obstacle("the input", data, dtype)
+    if reason is not None:
+        return reason
+    time_dimensions = 0 if single_step else 1
+    if packed and not single_step:
+        if data.dim() != 2:
+            return f"packed data has {data.dim()} dimensions"
+    elif data.dim() not in (time_dimensions + 1, time_dimensions + 2):
+        return f"the input has {data.dim()} dimensions"
+    if data.shape[-1] != spec.input_size:
+        return f"the input has {data.shape[-1]} features, where {spec.input_size} are expected"
+    if data.numel() == 0:
+        return "the input is empty"
+    if hx is None:
+        return None
+    states: Sequence[object] = (hx,)
+    if spec.cell == "lstm":
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            return "hx is no pair (h0, c0)"
+        states = hx
+    expected = state_shape(spec, input, single_step)
+    for state in states:
+        reason = _tensor_obstacle("hx", state, dtype)
+        if reason is not None:
+            return reason
+        assert isinstance(state, Tensor)
+        if state.shape != expected:
+            return f"hx has the shape {list(state.shape)}, where {list(expected)} is expected"
+    return None
+
+
+def state_shape(spec: Spec, input: Tensor | PackedSequence, single_step: bool) -> tuple[int, ...]:
+    """The shape that h0 and c0 must have with this input."""
+    lead = () if single_step else (spec.num_layers * spec.directions,)
+    if isinstance(input, PackedSequence):
+        return (*lead, int(input.batch_sizes[0]), spec.hidden_size)
+    if input.dim() == (1 if single_step else 2):
+        return (*lead, spec.hidden_size)
+    batch = input.shape[0] if single_step or spec.batch_first else input.shape[1]
+    return (*lead, batch, spec.hidden_size)
+
+
+def check_packed(input: PackedSequence) -> None:
+    """Raises ValueError unless ``batch_sizes`` describe ``data``. Not left to torch, which may crash on such input."""
+    _cpu.check_batch_sizes(input.batch_sizes, input.data.shape[0])
+
+
+def check_cell_state(spec: Spec, hx: Any) -> None:
+    """Raises TypeError unless an LSTM cell's ``hx`` is a pair. Not left to torch, which crashes on a tensor."""
+    if spec.cell == "lstm" and hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+        raise TypeError(f"LSTMCell: Expected hx to be a pair (h_0, c_0) of tensors, got {type(hx).__name__}")
+
+
+def run(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequence[Tensor]) -> Result:
+    """A call without an obstacle, on our kernels; packed input has been checked."""
+    if isinstance(input, PackedSequence):
+        x, batch_sizes = input.data, input.batch_sizes
+        batch = int(batch_sizes[0])
+        output, states = _run_layers(
+            spec, autograd.Call(spec.cell, batch, batch_sizes), x, _permuted(hx, input.sorted_indices), weights
+        )
+        packed = PackedSequence(output, batch_sizes, input.sorted_indices, input.unsorted_indices)
+        return packed, _permuted(states, input.unsorted_indices)
+    batched = input.dim() == 3
+    if not batched:
+        output, states = run(spec._replace(batch_first=False), input.unsqueeze(1), _map(hx, Tensor.unsqueeze, 1), weights)
+        assert isinstance(output, Tensor)
+        return output.squeeze(1), _map(states, Tensor.squeeze, 1)
+    x = input.transpose(0, 1) if spec.batch_first else input
+    output, states = _run_layers(spec, autograd.Call(spec.cell, x.shape[1], None), x, hx, weights)
+    return output.transpose(0, 1) if spec.batch_first else output, states
+
+
+def _map(states: Any, fn: Callable[..., Tensor], *args: int | Tensor) -> Any:
+    """``fn`` of each state of ``h`` or ``(h, c)``; None stays None."""
+    if states is None or isinstance(states, Tensor):
+        return None if states is None else fn(states, *args)
+    return tuple(fn(s, *args) for s in states)
+
+
+def _permuted(states: Any, indices: Tensor | None) -> Any:
+    """States [layers·D, B, H] with their sequences in another order."""
+    return states if indices is None else _map(states, Tensor.index_select, 1, indices)
+
+
+def _run_layers(
+    spec: Spec, call: autograd.Call, x: Tensor, hx: Hidden, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+    """Args: x: [T, B, I], or [N, I] when packed; hx: [layers·D, B, H] each."""
+    h0, c0 = (hx, None) if hx is None or isinstance(hx, Tensor) else hx
+    directions, per_layer = spec.directions, spec.directions * spec.per_direction
+    h_n, c_n = [], []
+    for k in range(spec.num_layers):
+        if k > 0 and spec.training and spec.dropout > 0:
+            x = torch.dropout(x, spec.dropout, True)
+        layer_weights: Sequence[Tensor | None] = weights[k * per_layer : (k + 1) * per_layer]
+        if not spec.bias:
+            layer_weights = [w for d in range(directions) for w in (*layer_weights[2 * d : 2 * d + 2], None, None)]
+        states = slice(k * directions, (k + 1) * directions)
+        x, h, c = autograd.layer(
+            call, x, None if h0 is None else h0[states], None if c0 is None else c0[states], layer_weights
+        )
+        h_n.append(h)
+        c_n.append(c)
+    hidden = h_n[0] if spec.num_layers == 1 else torch.cat(h_n)
+    if spec.cell != "lstm":
+        return x, hidden
+    return x, (hidden, c_n[0] if spec.num_layers == 1 else torch.cat(c_n))  # type: ignore[arg-type, return-value]
+
+
+def run_cell(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    """One step of a cell without an obstacle, on our kernels. input: [B, I] or [I]; hx: [B, H] or [H] each."""
+    if input.dim() == 1:
+        states = run_cell(spec, input.unsqueeze(0), _map(hx, Tensor.unsqueeze, 0), weights)
+        return _map(states, Tensor.squeeze, 0)  # type: ignore[no-any-return]
+    call = autograd.Call(spec.cell, input.shape[0], None)
+    _, states = _run_layers(spec, call, input.unsqueeze(0), _map(hx, Tensor.unsqueeze, 0), weights)
+    return _map(states, Tensor.squeeze, 0)  # type: ignore[no-any-return]
+
+
+_STOCK_LAYERS: dict[str, Callable[..., torch.nn.Module]] = {
+    "rnn_tanh": torch.nn.RNN,
+    "rnn_relu": torch.nn.RNN,
+    "gru": torch.nn.GRU,
+    "lstm": torch.nn.LSTM,
+}
+_STOCK_CELLS: dict[str, Callable[..., torch.nn.Module]] = {
+    "rnn_tanh": torch.nn.RNNCell,
+    "rnn_relu": torch.nn.RNNCell,
+    "gru": torch.nn.GRUCell,
+    "lstm": torch.nn.LSTMCell,
+}
+
+
+def _torch_call(
+    spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], stock: Callable[..., torch.nn.Module]
+) -> Any:
+    """The same call of torch's own module: its forward with our arguments."""
+    options: dict[str, object] = {"nonlinearity": spec.cell[4:]} if spec.cell.startswith("rnn_") else {}
+    if stock in _STOCK_LAYERS.values():
+        names = ("num_layers", "batch_first", "dropout", "bidirectional")
+        options |= {name: getattr(spec, name) for name in names}
+    module = stock(spec.input_size, spec.hidden_size, bias=spec.bias, device="meta", **options)
+    module.train(spec.training)
+    parameters = [name for name, _ in module.named_parameters()]
+    if len(parameters) != len(weights):
+        raise ValueError(f"expected {len(parameters)} weights ({', '.join(parameters)}), got {len(weights)}")
+    return torch.func.functional_call(module, dict(zip(parameters, weights, strict=True)), (input, hx))
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of :func:`rnn`, :func:`gru` and :func:`lstm`, with the meaning and defaults of torch.nn's."""
+
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    training: bool
+    bidirectional: bool
+
+
+def _layers(cell: str, input: Any, hx: Any, weights: Sequence[Tensor], options: Options) -> Any:
+    spec = _spec(cell, weights, **options)
+    if isinstance(input, PackedSequence):
+        check_packed(input)
+    if obstacle(spec, input, hx, weights) is None:
+        return run(spec, input, hx, weights)
+    return _torch_call(spec, input, hx, weights, _STOCK_LAYERS[cell])
+
+
+def _one_step(cell: str, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
+    spec = _spec(cell, weights, bias=len(weights) > 2)
+    check_cell_state(spec, hx)
+    if obstacle(spec, input, hx, weights, single_step=True) is None:
+        return run_cell(spec, input, hx, weights)
+    return _torch_call(spec, input, hx, weights, _STOCK_CELLS[cell])
+
+
+def _spec(cell: str, weights: Sequence[Tensor], **options: Any) -> Spec:
+    if len(weights) < 2:
+        raise ValueError(f"expected at least weight_ih and weight_hh, got {len(weights)} weights")
+    return Spec(cell, weights[0].shape[-1], weights[1].shape[-1], **options)
+
+
+def _rnn_kind(nonlinearity: str) -> str:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    return f"rnn_{nonlinearity}"
+
+
+def rnn(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    nonlinearity: str = "tanh",
+    **options: Unpack[Options],
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """A stack of vanilla recurrent layers, h_t = φ(W_ih x_t + b_ih + W_hh h_{t−1} + b_hh) (Elman 1990).
+
+    Args:
+        input: [T, B, I]; [B, T, I] with ``batch_first``; [T, I] unbatched; or a ``PackedSequence``
+        hx: the initial states [num_layers·D, B, H], D = 2 if ``bidirectional`` else 1; None: zeros
+        weights: for each layer and direction ``weight_ih`` [H, I or D·H], ``weight_hh`` [H, H] and, with ``bias``,
+            ``bias_ih`` and ``bias_hh`` [H]: the order of ``torch.nn.RNN.parameters()``
+        nonlinearity: φ, ``"tanh"`` or ``"relu"``
+        **options: see :class:`Options`; ``dropout`` is a probability and acts on the output of every layer but the last,
+            in ``training`` only
+
+    Returns:
+        The output of the last layer at every step, [T, B, D·H] in the layout of ``input``, and the state after the last
+        step of each layer and direction, [num_layers·D, B, H].
+
+    Raises:
+        ValueError, RuntimeError: what ``torch.nn.RNN`` raises on such input; ValueError for packed input whose
+            ``batch_sizes`` are not positive, increase, or do not fit the data.
+    """
+    return _layers(_rnn_kind(nonlinearity), input, hx, weights, options)  # type: ignore[no-any-return]
+
+
+def gru(
+    input: Tensor | PackedSequence, hx: Tensor | None, weights: Sequence[Tensor], **options: Unpack[Options]
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """A stack of gated recurrent layers (Cho et al. 2014; equations in :func:`pyrnnfast.reference.gru`).
+
+    Arguments, results and errors as of :func:`rnn`, with weights of 3·H rows in the order r, z, n.
+    """
+    return _layers("gru", input, hx, weights, options)  # type: ignore[no-any-return]
+
+
+def lstm(
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    **options: Unpack[Options],
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    """A stack of LSTM layers (Hochreiter & Schmidhuber 1997; equations in :func:`pyrnnfast.reference.lstm`).
+
+    Arguments, results and errors as of :func:`rnn`, with weights of 4·H rows in the order i, f, g, o, and with pairs
+    (h, c) for the initial and the final states.
+    """
+    return _layers("lstm", input, hx, weights, options)  # type: ignore[no-any-return]
+
+
+def rnn_cell(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], nonlinearity: str = "tanh") -> Tensor:
+    """One step of :func:`rnn`.
+
+    Args:
+        input: [B, I], or [I] unbatched
+        hx: [B, H] or [H]; None: zeros
+        weights: ``weight_ih`` [H, I], ``weight_hh`` [H, H] and perhaps ``bias_ih`` and ``bias_hh`` [H]
+
+    Returns:
+        The state after the step, [B, H] or [H].
+
+    Raises:
+        ValueError, RuntimeError: what ``torch.nn.RNNCell`` raises on such input.
+    """
+    return _one_step(_rnn_kind(nonlinearity), input, hx, weights)  # type: ignore[no-any-return]
+
+
+def gru_cell(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
+    """One step of :func:`gru`; arguments, result and errors as of :func:`rnn_cell`."""
+    return _one_step("gru", input, hx, weights)  # type: ignore[no-any-return]
+
+
+def lstm_cell(
+    input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One step of :func:`lstm`; arguments, results and errors as of :func:`rnn_cell`, with pairs (h, c) as states.
+
+    Raises:
+        TypeError: ``hx`` is no pair.
+    """
+    return _one_step("lstm", input, hx, weights)  # type: ignore[no-any-return]

@@ -1,0 +1,149 @@
+"""Drop-in recurrent modules: torch.nn's own classes with another ``forward``.
+
+Constructor, initialisation, parameter names, ``state_dict``, representation and pickling are torch's, by inheritance.
+``forward`` runs on our kernels whatever they serve; the rest, bad input included, is left to the inherited ``forward``,
+so that torch's answers and error texts stay torch's. :func:`explain` tells which it would be.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+from .functional import Spec
+
+
+class _Layers(torch.nn.RNNBase):
+    """The ``forward`` of RNN, GRU and LSTM."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """The output of the last layer at every step and the final state(s) of all layers, as of ``torch.nn``.
+
+        Args:
+            input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, or a ``PackedSequence``
+            hx: [num_layers·D, B, H] (without B when unbatched), a pair of them for the LSTM; None: zeros
+
+        Raises:
+            ValueError, RuntimeError: with torch's words; ValueError for a ``PackedSequence`` whose ``batch_sizes`` are
+                not positive, increase, or do not fit its data.
+        """
+        if isinstance(input, PackedSequence):
+            functional.check_packed(input)
+        spec, weights = self._spec(), self._weights()
+        if functional.obstacle(spec, input, hx, weights) is None:
+            return functional.run(spec, input, hx, weights)
+        return super().forward(input, hx)
+
+    def _spec(self) -> Spec:
+        return Spec(
+            self.mode.lower(),
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            self.bias,
+            self.batch_first,
+            self.dropout,
+            self.training,
+            bool(self.bidirectional),
+            self.proj_size,
+        )
+
+    def _weights(self) -> list[Tensor]:
+        # By name at every call: parametrizations, pruning and functional_call put other tensors there.
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+
+class RNN(_Layers, torch.nn.RNN):
+    """``torch.nn.RNN`` on fused kernels."""
+
+
+class GRU(_Layers, torch.nn.GRU):
+    """``torch.nn.GRU`` on fused kernels."""
+
+
+class LSTM(_Layers, torch.nn.LSTM):
+    """``torch.nn.LSTM`` on fused kernels."""
+
+
+class _Cells(torch.nn.RNNCellBase):
+    """The ``forward`` of RNNCell, GRUCell and LSTMCell."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """The state(s) after one step, as of ``torch.nn``.
+
+        Args:
+            input: [B, I], or [I] unbatched
+            hx: [B, H] or [H], a pair of them for the LSTM; None: zeros
+
+        Raises:
+            ValueError, RuntimeError: with torch's words; TypeError when the LSTM's ``hx`` is no pair.
+        """
+        spec, weights = self._spec(), self._weights()
+        functional.check_cell_state(spec, hx)
+        if functional.obstacle(spec, input, hx, weights, single_step=True) is None:
+            return functional.run_cell(spec, input, hx, weights)
+        return super().forward(input, hx)  # type: ignore[misc]
+
+    def _kind(self) -> str:
+        raise NotImplementedError
+
+    def _spec(self) -> Spec:
+        return Spec(self._kind(), self.input_size, self.hidden_size, bias=self.bias)
+
+    def _weights(self) -> list[Tensor]:
+        weights = [self.weight_ih, self.weight_hh]
+        return [*weights, self.bias_ih, self.bias_hh] if self.bias else weights
+
+
+class RNNCell(_Cells, torch.nn.RNNCell):
+    """``torch.nn.RNNCell`` on fused kernels."""
+
+    def _kind(self) -> str:
+        return f"rnn_{self.nonlinearity}"
+
+
+class GRUCell(_Cells, torch.nn.GRUCell):
+    """``torch.nn.GRUCell`` on fused kernels."""
+
+    def _kind(self) -> str:
+        return "gru"
+
+
+class LSTMCell(_Cells, torch.nn.LSTMCell):
+    """``torch.nn.LSTMCell`` on fused kernels."""
+
+    def _kind(self) -> str:
+        return "lstm"
+
+
+class Explanation(NamedTuple):
+    """Which road a call takes: ``path`` is ``"fused"`` (our kernels) or ``"torch"``, and why."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
+    """Tells, without running it, whether ``module(input, hx)`` runs on our kernels or on torch's operators, and why.
+
+    Args:
+        module: a recurrent module, ours or torch's
+
+    Raises:
+        TypeError: ``module`` is no recurrent module.
+    """
+    if isinstance(module, (_Layers, _Cells)):
+        if isinstance(input, PackedSequence):
+            functional.check_packed(input)
+        reason = functional.obstacle(
+            module._spec(), input, hx, module._weights(), single_step=isinstance(module, _Cells)
+        )
+        return Explanation("fused", "served by pyrnnfast._cpu") if reason is None else Explanation("torch", reason)
+    if isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
+        return Explanation("torch", f"{type(module).__name__} is torch's own; pyrnnfast.replace(model) swaps it")
+    raise TypeError(f"explain takes a recurrent module, got {type(module).__name__}")

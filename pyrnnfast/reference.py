@@ -1,0 +1,151 @@
+"""The recurrences as the textbook has them: plain torch, one step at a time.
+
+Slow and plain on purpose. This is the ground truth of the tests, and the road of every derivative that the kernels do not
+have (double backward). The equations stand here and in ``csrc/cells.h``, and nowhere else.
+
+Shapes: ``T`` steps, ``B`` sequences, ``I`` inputs, ``H`` hidden units, ``G`` gates (1, 3 or 4), ``D`` directions,
+``N = sum(batch_sizes)`` rows of time-major data, longest sequences first, as in ``PackedSequence``; dense data have the
+constant batch size ``B``. Gate order and parameter names are torch's.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+State = tuple[Tensor, ...]
+"""``(h,)``, or ``(h, c)`` for the LSTM, each [rows, H]."""
+
+Weights = Sequence[Tensor | None]
+"""``weight_ih`` [G·H, I], ``weight_hh`` [G·H, H], ``bias_ih`` and ``bias_hh`` [G·H] or None."""
+
+
+def rnn_tanh(xgates: Tensor, hgates: Tensor, state: State) -> State:
+    """Elman 1990, "Finding structure in time": h = tanh(W_ih x + b_ih + W_hh h + b_hh)."""
+    return (torch.tanh(xgates + hgates),)
+
+
+def rnn_relu(xgates: Tensor, hgates: Tensor, state: State) -> State:
+    """The same with a rectifier (Le, Jaitly, Hinton 2015)."""
+    return (torch.relu(xgates + hgates),)
+
+
+def gru(xgates: Tensor, hgates: Tensor, state: State) -> State:
+    """Cho et al. 2014, in the form of cuDNN and torch, where the reset gate acts after the product:
+
+    r = σ(x_r + h_r)    z = σ(x_z + h_z)    n = tanh(x_n + r ⊙ h_n)    h' = (1 − z) ⊙ n + z ⊙ h
+    """
+    (h,) = state
+    x_r, x_z, x_n = xgates.chunk(3, -1)
+    h_r, h_z, h_n = hgates.chunk(3, -1)
+    r = torch.sigmoid(x_r + h_r)
+    z = torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + r * h_n)
+    return ((1 - z) * n + z * h,)
+
+
+def lstm(xgates: Tensor, hgates: Tensor, state: State) -> State:
+    """Hochreiter & Schmidhuber 1997 with the forget gate of Gers, Schmidhuber & Cummins 2000:
+
+    i, f, o = σ(·)    g = tanh(·)    c' = f ⊙ c + i ⊙ g    h' = o ⊙ tanh(c')
+    """
+    _, c = state
+    i, f, g, o = (xgates + hgates).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+STEPS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
+    "rnn_tanh": rnn_tanh,
+    "rnn_relu": rnn_relu,
+    "gru": gru,
+    "lstm": lstm,
+}
+
+
+def direction(
+    cell: str, x: Tensor, initial: State, weights: Weights, batch_sizes: Sequence[int], reverse: bool
+) -> tuple[Tensor, State]:
+    """One layer in one direction.
+
+    Args:
+        x: [N, I]
+        initial: the state before the first step of each sequence, [B, H] each
+
+    Returns:
+        h of every step [N, H], and the state after the last step of each sequence, [B, H] each.
+    """
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    assert weight_ih is not None and weight_hh is not None
+    xgates = F.linear(x, weight_ih, bias_ih).split(list(batch_sizes))  # T × [batch_sizes[t], G·H]
+    order = range(len(batch_sizes))
+    outputs: dict[int, Tensor] = {}
+    state = tuple(s[:0] for s in initial)
+    ended: list[State] = []
+    for t in reversed(order) if reverse else order:
+        rows, active = state[0].shape[0], batch_sizes[t]
+        if active < rows:  # going forward, the shortest sequences end
+            ended.append(tuple(s[active:] for s in state))
+            state = tuple(s[:active] for s in state)
+        elif active > rows:  # they start here: at the first step, or going backward at their end
+            state = tuple(torch.cat([s, first[rows:active]]) for s, first in zip(state, initial, strict=True))
+        state = STEPS[cell](xgates[t], F.linear(state[0], weight_hh, bias_hh), state)
+        outputs[t] = state[0]
+    final = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
+    return torch.cat([outputs[t] for t in order]), final
+
+
+def layer(
+    cell: str, x: Tensor, initial: State | None, weights: Sequence[Weights], batch_sizes: Sequence[int]
+) -> tuple[Tensor, State]:
+    """One layer in one or both directions, the second one backward in time.
+
+    Args:
+        x: [N, I]
+        initial: [D, B, H] each; None: zeros
+        weights: of each direction
+
+    Returns:
+        The outputs of both directions side by side [N, D·H], and the final states [D, B, H] each.
+    """
+    weight_hh = weights[0][1]
+    assert weight_hh is not None
+    if initial is None:
+        zeros = x.new_zeros(len(weights), batch_sizes[0], weight_hh.shape[1])
+        initial = (zeros, zeros) if cell == "lstm" else (zeros,)
+    runs = [
+        direction(cell, x, tuple(s[d] for s in initial), weights[d], batch_sizes, reverse=d == 1)
+        for d in range(len(weights))
+    ]
+    final = tuple(torch.stack(states) for states in zip(*(state for _, state in runs), strict=True))
+    return torch.cat([y for y, _ in runs], -1), final
+
+
+def stack(
+    cell: str,
+    x: Tensor,
+    initial: State | None,
+    weights: Sequence[Sequence[Weights]],
+    batch_sizes: Sequence[int],
+    dropout: float = 0.0,
+) -> tuple[Tensor, State]:
+    """Several layers, each fed with the output of the one below, with dropout between them.
+
+    Args:
+        x: [N, I]
+        initial: [layers·D, B, H] each; None: zeros
+        weights: of each layer and direction
+
+    Returns:
+        The output of the last layer [N, D·H], and the final states [layers·D, B, H] each.
+    """
+    finals = []
+    for k, layer_weights in enumerate(weights):
+        if k > 0:
+            x = F.dropout(x, dropout)
+        directions = len(layer_weights)
+        first = None if initial is None else tuple(s[k * directions : (k + 1) * directions] for s in initial)
+        x, final = layer(cell, x, first, layer_weights, batch_sizes)
+        finals.append(final)
+    return x, tuple(torch.cat(states) for states in zip(*finals, strict=True))

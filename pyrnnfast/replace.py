@@ -1,0 +1,51 @@
+"""Swap the recurrent modules of an existing model in place, and back again.
+
+Only the class of each module changes (``module.__class__``): parameters keep their identity, so optimizers go on
+working, and hooks, buffers, parametrizations and the training flag stay where they are.
+"""
+
+from typing import TypeVar
+
+import torch
+
+from . import modules
+
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)
+
+_FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.RNN: modules.RNN,
+    torch.nn.GRU: modules.GRU,
+    torch.nn.LSTM: modules.LSTM,
+    torch.nn.RNNCell: modules.RNNCell,
+    torch.nn.GRUCell: modules.GRUCell,
+    torch.nn.LSTMCell: modules.LSTMCell,
+}
+_STOCK = {fused: stock for stock, fused in _FUSED.items()}
+
+
+def _swap(model: ModelT, classes: dict[type[torch.nn.Module], type[torch.nn.Module]]) -> ModelT:
+    for module in model.modules():
+        target = classes.get(type(module))
+        if target is not None:
+            module.__class__ = target
+    return model
+
+
+def replace(model: ModelT) -> ModelT:
+    """Turn every ``torch.nn`` recurrent module inside ``model`` (itself included) into ours, in place.
+
+    Exactly torch's classes are swapped; a subclass with a behaviour of its own is left alone.
+
+    Returns:
+        ``model`` itself.
+    """
+    return _swap(model, _FUSED)
+
+
+def restore(model: ModelT) -> ModelT:
+    """Undo :func:`replace`: turn every recurrent module of ours inside ``model`` into torch's, in place.
+
+    Returns:
+        ``model`` itself.
+    """
+    return _swap(model, _STOCK)
