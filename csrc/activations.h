@@ -1,10 +1,10 @@
 // sigmoid, tanh and relu for a vector of any width.
 //
-// Error, float32: at most 4 units in the last place where the result is a normal number, 2⁻¹²⁶ absolute elsewhere; exact
-// at ±inf; NaN stays NaN. `python -m benchmarks.activations` checks all 2³² values, the tests a sample.
+// Error, float32: at most 4 units in the last place where the result is a normal number, 2⁻¹²⁶ absolute elsewhere;
+// exact at ±inf; NaN stays NaN. `python -m benchmarks.activations` checks all 2³² values, the tests a sample.
 //
-// Both rest on q = expm1(r) for a reduced argument |r| ≤ ln 2 / 2, since eʸ = 2ⁿ (1 + q) and expm1(y) = 2ⁿ q + (2ⁿ − 1),
-// the latter without cancellation near 0. The polynomials come from benchmarks/lab/fit_expm1.py.
+// Both rest on q = expm1(r) for a reduced argument |r| ≤ ln 2 / 2, since eʸ = 2ⁿ (1 + q) and expm1(y) = 2ⁿ q + (2ⁿ −
+// 1), the latter without cancellation near 0. The polynomials come from benchmarks/lab/fit_expm1.py.
 #pragma once
 
 #include <cstdint>
@@ -38,10 +38,17 @@ struct Expm1Table<double> {
   static constexpr int64_t one_bits = 0x3FF0000000000000;
   static constexpr double sigmoid_low = -708.0, sigmoid_high = 709.9;
   static constexpr double tanh_bound = 40.0;
-  static constexpr double q[] = {2.0914686968086877e-9, 2.5105217004720745e-8, 2.7557273643110295e-7,
-                                 2.7557255400206424e-6, 2.4801587325547741e-5, 0.00019841269874820625,
-                                 0.0013888888888883748, 0.0083333333333261351, 0.04166666666666667,
-                                 0.16666666666666671,   0.5};
+  static constexpr double q[] = {2.0914686968086877e-9,
+                                 2.5105217004720745e-8,
+                                 2.7557273643110295e-7,
+                                 2.7557255400206424e-6,
+                                 2.4801587325547741e-5,
+                                 0.00019841269874820625,
+                                 0.0013888888888883748,
+                                 0.0083333333333261351,
+                                 0.04166666666666667,
+                                 0.16666666666666671,
+                                 0.5};
 };
 
 // The arithmetic that cells.h asks for, over the vectors of S (cpu/simd.h).

@@ -100,8 +100,7 @@ PYBIND11_MODULE(_cpu, m) {
       [](py::object batch_sizes, int64_t rows) { check_batch_sizes(read_tensor(batch_sizes, "batch_sizes"), rows); },
       py::arg("batch_sizes"), py::arg("rows"), "Raises ValueError unless batch_sizes are those of packed data.");
   m.def("instruction_sets", &names_of_instruction_sets, "Those that this machine can run, the best first.");
-  m.def(
-      "instruction_set", [] { return std::string(instruction_set_in_use().name); }, "The one in use.");
+  m.def("instruction_set", [] { return std::string(instruction_set_in_use().name); }, "The one in use.");
   m.def("select_instruction_set", &select_instruction_set, py::arg("name"));
   m.def("activation", &activation, py::arg("name"), py::arg("x"), py::arg("out"));
 }

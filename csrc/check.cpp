@@ -48,13 +48,9 @@ std::string shape_text(const Operand& o) {
   return "a tensor of " + std::to_string(o.dimensions) + " dimensions";
 }
 
-void require_on_cpu(const Operand& o, const std::string& name) {
-  require(o.on_cpu, name + " must be on the CPU");
-}
+void require_on_cpu(const Operand& o, const std::string& name) { require(o.on_cpu, name + " must be on the CPU"); }
 
-void require_present(const Operand& o, const std::string& name) {
-  require(o.present, name + " is missing");
-}
+void require_present(const Operand& o, const std::string& name) { require(o.present, name + " is missing"); }
 
 enum class Need { always, optional, never };
 
@@ -80,8 +76,7 @@ class Door {
     require_on_cpu(o, name);
     require(o.type == type_, name + " must have the dtype of the other tensors");
     const bool vector = o.dimensions == 1 && rows == 1;
-    const bool fits = vector ? o.shape[0] == columns
-                             : o.dimensions == 2 && o.shape[0] == rows && o.shape[1] == columns;
+    const bool fits = vector ? o.shape[0] == columns : o.dimensions == 2 && o.shape[0] == rows && o.shape[1] == columns;
     require(fits, name + ": expected size " + size_text(rows, columns) + ", got " + shape_text(o));
     const int64_t column_stride = vector ? o.stride[0] : o.stride[1];
     require(columns == 1 || column_stride == 1, name + " must be contiguous in its last dimension");
@@ -106,12 +101,12 @@ std::vector<int64_t> offsets_of(const Operand& batch_sizes, int64_t rows, int64_
   require(rows > 0, "Expected sequence length to be larger than 0 in RNN");
   if (batch_sizes.present) {
     std::vector<int64_t> offsets = check_batch_sizes(batch_sizes, rows);
-    require(offsets[1] == batch, "batch_sizes[0] must be the batch size " + std::to_string(batch) + ", got " +
-                                     std::to_string(offsets[1]));
+    require(offsets[1] == batch,
+            "batch_sizes[0] must be the batch size " + std::to_string(batch) + ", got " + std::to_string(offsets[1]));
     return offsets;
   }
-  require(rows % batch == 0, std::to_string(rows) + " rows are no whole number of steps of a batch of " +
-                                 std::to_string(batch));
+  require(rows % batch == 0,
+          std::to_string(rows) + " rows are no whole number of steps of a batch of " + std::to_string(batch));
   std::vector<int64_t> offsets(static_cast<size_t>(rows / batch) + 1);
   for (size_t t = 0; t < offsets.size(); ++t) offsets[t] = static_cast<int64_t>(t) * batch;
   return offsets;
@@ -156,7 +151,8 @@ std::vector<int64_t> check_batch_sizes(const Operand& o, int64_t rows) {
                                            " after " + std::to_string(previous));
     previous = size;
     const auto at = static_cast<size_t>(t);
-    require(size <= rows - offsets[at], "batch_sizes sum to more than the " + std::to_string(rows) + " rows of the data");
+    require(size <= rows - offsets[at],
+            "batch_sizes sum to more than the " + std::to_string(rows) + " rows of the data");
     offsets[at + 1] = offsets[at] + size;
   }
   require(offsets.back() == rows, "batch_sizes sum to " + std::to_string(offsets.back()) + ", but the data have " +

@@ -86,6 +86,68 @@ def _biases(cell: Cell, bias_ih: Tensor | None, bias_hh: Tensor | None, hidden: 
     return outer, _rows(bias_hh[-hidden:])
 
 
+def _forward_direction(
+    call: Call,
+    reverse: bool,
+    x: Tensor,
+    h_first: Tensor | None,
+    c_first: Tensor | None,
+    weights: Sequence[Tensor | None],
+    out: tuple[Tensor, Tensor, Tensor | None],
+    keep: bool,
+) -> Saved:
+    """Args: x: [N, I]; h_first, c_first: [B, H] or None; out: y [N, H], h_n and c_n [B, H], all written here."""
+    cell = CELLS[call.cell]
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    assert weight_ih is not None and weight_hh is not None
+    y, h_n, c_n = out
+    rows, hidden = y.shape
+    bias, bias_hn = _biases(cell, bias_ih, bias_hh, hidden)
+    # The kernel overwrites xgates with what it saves, so they get the room of both: [N, max(gates, saved)·H].
+    width = max(cell.gates, cell.saved if keep else 0) * hidden
+    saved = Saved(None, x.new_empty(rows, hidden) if keep and cell.has_cell else None)
+    stretch = rows if keep or call.batch_sizes is not None else _stretch(rows, call.batch, width * x.element_size())
+    workspace = x.new_empty(stretch, width)
+    starts = range(0, rows, stretch)
+    for start in reversed(starts) if reverse else starts:
+        part = slice(start, min(start + stretch, rows))
+        gates = workspace[: part.stop - start]
+        xgates = gates[:, : cell.gates * hidden]
+        if bias is None:
+            torch.mm(x[part], weight_ih.t(), out=xgates)
+        else:
+            torch.addmm(bias, x[part], weight_ih.t(), out=xgates)
+        _cpu.forward(
+            call.cell,
+            xgates,
+            _rows(weight_hh),
+            bias_hn,
+            None if h_first is None else torch.mm(h_first, weight_hh.t()),
+            _rows(h_first),
+            _rows(c_first),
+            y[part],
+            h_n,
+            c_n,
+            gates if keep and cell.saved else None,
+            saved.cells,
+            call.batch_sizes,
+            reverse,
+            torch.get_num_threads(),
+        )
+        h_first, c_first = h_n, c_n
+    return saved._replace(gates=workspace if keep and cell.saved else None)
+
+
+# Inference needs xgates of all steps at once for no reason but speed. Memory of some megabytes is taken from the heap
+# again and again; beyond 32 MB glibc asks the system each time, whose fresh pages cost more than the whole recurrence.
+_WORKSPACE_BYTES = 16 << 20
+
+
+def _stretch(rows: int, batch: int, row_bytes: int) -> int:
+    """Rows, a whole number of steps, to which inference applies the input product at once."""
+    return min(rows, max(1, _WORKSPACE_BYTES // (batch * row_bytes)) * batch)
+
+
 def forward(
     call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Saved]]:
@@ -100,54 +162,28 @@ def forward(
     Returns:
         y [T, B, D·H] or [N, D·H], h_n and c_n [D, B, H], and what backward needs of each direction.
     """
-    cell = CELLS[call.cell]
     directions = len(weights) // 4
     weight_hh = weights[1]
     assert weight_hh is not None
     hidden = weight_hh.shape[1]
     flat = x.reshape(-1, x.shape[-1])  # [N, I]
-    rows = flat.shape[0]
     y = x.new_empty(*x.shape[:-1], directions * hidden)
-    outputs = y.view(rows, -1)
+    outputs = y.view(len(flat), -1)
     h_n = x.new_empty(directions, call.batch, hidden)
-    c_n = torch.empty_like(h_n) if cell.has_cell else None
-    threads = torch.get_num_threads()
-    kept = []
-    for d in range(directions):
-        weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * d : 4 * d + 4]
-        assert weight_ih is not None and weight_hh is not None
-        bias, bias_hn = _biases(cell, bias_ih, bias_hh, hidden)
-        # The kernel overwrites xgates with what it saves, so give them the room of both: [N, max(gates, saved)·H].
-        width = max(cell.gates, cell.saved if keep else 0) * hidden
-        gates = x.new_empty(rows, width)
-        xgates = gates[:, : cell.gates * hidden]
-        if bias is None:
-            torch.mm(flat, weight_ih.t(), out=xgates)
-        else:
-            torch.addmm(bias, flat, weight_ih.t(), out=xgates)
-        h_first = None if h0 is None else h0[d]
-        saved = Saved(
-            gates if keep and cell.saved else None,
-            x.new_empty(rows, hidden) if keep and cell.has_cell else None,
-        )
-        _cpu.forward(
-            call.cell,
-            xgates,
-            _rows(weight_hh),
-            bias_hn,
-            None if h_first is None else torch.mm(h_first, weight_hh.t()),
-            _rows(h_first),
-            None if c0 is None else _rows(c0[d]),
-            outputs[:, d * hidden : (d + 1) * hidden],
-            h_n[d],
-            None if c_n is None else c_n[d],
-            saved.gates,
-            saved.cells,
-            call.batch_sizes,
+    c_n = torch.empty_like(h_n) if CELLS[call.cell].has_cell else None
+    kept = [
+        _forward_direction(
+            call,
             d == 1,
-            threads,
+            flat,
+            None if h0 is None else h0[d],
+            None if c0 is None else c0[d],
+            weights[4 * d : 4 * d + 4],
+            (outputs[:, d * hidden : (d + 1) * hidden], h_n[d], None if c_n is None else c_n[d]),
+            keep,
         )
-        kept.append(saved)
+        for d in range(directions)
+    ]
     return y, h_n, c_n, kept
 
 
@@ -193,7 +229,9 @@ def _weight_hh_gradient(
         pairs = [(dgates, torch.cat([y, first]).index_select(0, neighbours))]
     else:
         inner = len(y) - call.batch
-        later, earlier = (slice(0, inner), slice(call.batch, None)) if reverse else (slice(call.batch, None), slice(0, inner))
+        later, earlier = (
+            (slice(0, inner), slice(call.batch, None)) if reverse else (slice(call.batch, None), slice(0, inner))
+        )
         start = slice(inner, None) if reverse else slice(0, call.batch)
         pairs = [(dgates[later], y[earlier])] if inner > 0 else []
         if h_first is not None:
@@ -240,6 +278,7 @@ def _backward_direction(
     weight_hh = weights[1]
     assert weight_hh is not None
     rows, hidden = y.shape
+    grad_y, grad_h_n, grad_c_n = grads
     need_h0, need_c0, need_weight_ih, need_weight_hh, need_bias_ih, need_bias_hh = needs
     dgates = y.new_empty(rows, cell.dgates * hidden)
     carry = y.new_empty(call.batch, hidden) if cell.has_cell or cell.inner_bias else None
@@ -252,7 +291,9 @@ def _backward_direction(
         _rows(weight_hh),
         _rows(h_first),
         _rows(c_first),
-        *(_rows(g) for g in grads),
+        _rows(grad_y),
+        _rows(grad_h_n),
+        _rows(grad_c_n),
         dgates,
         carry,
         call.batch_sizes,
@@ -337,7 +378,9 @@ class _Layer(torch.autograd.Function):
             )
             if need_x:
                 weight_ih = weights[4 * d]
-                grad_x = torch.mm(part.dgates_in, weight_ih) if grad_x is None else grad_x.addmm_(part.dgates_in, weight_ih)
+                grad_x = (
+                    torch.mm(part.dgates_in, weight_ih) if grad_x is None else grad_x.addmm_(part.dgates_in, weight_ih)
+                )
             parts.append(part)
         return (
             None,
@@ -363,11 +406,12 @@ def _differentiable_backward(
     asked = [t for t, need in zip(inputs, needs[1:], strict=True) if need and t is not None]
     used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     results = iter(
-        torch.autograd.grad(
-            [o for o, _ in used], asked, [g for _, g in used], create_graph=True, allow_unused=True
-        )
+        torch.autograd.grad([o for o, _ in used], asked, [g for _, g in used], create_graph=True, allow_unused=True)
     )
-    return (None, *(next(results) if need and t is not None else None for t, need in zip(inputs, needs[1:], strict=True)))
+    return (
+        None,
+        *(next(results) if need and t is not None else None for t, need in zip(inputs, needs[1:], strict=True)),
+    )
 
 
 def layer(

@@ -51,7 +51,7 @@ def _context_obstacle() -> str | None:
     """Why not, from the state of torch: transforms that must see torch's own operators."""
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
@@ -173,14 +173,15 @@ def run(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequenc
     if isinstance(input, PackedSequence):
         x, batch_sizes = input.data, input.batch_sizes
         batch = int(batch_sizes[0])
-        output, states = _run_layers(
-            spec, autograd.Call(spec.cell, batch, batch_sizes), x, _permuted(hx, input.sorted_indices), weights
-        )
-        packed = PackedSequence(output, batch_sizes, input.sorted_indices, input.unsorted_indices)
+        call = autograd.Call(spec.cell, batch, batch_sizes)
+        data, states = _run_layers(spec, call, x, _permuted(hx, input.sorted_indices), weights)
+        packed = PackedSequence(data, batch_sizes, input.sorted_indices, input.unsorted_indices)
         return packed, _permuted(states, input.unsorted_indices)
     batched = input.dim() == 3
     if not batched:
-        output, states = run(spec._replace(batch_first=False), input.unsqueeze(1), _map(hx, Tensor.unsqueeze, 1), weights)
+        output, states = run(
+            spec._replace(batch_first=False), input.unsqueeze(1), _map(hx, Tensor.unsqueeze, 1), weights
+        )
         assert isinstance(output, Tensor)
         return output.squeeze(1), _map(states, Tensor.squeeze, 1)
     x = input.transpose(0, 1) if spec.batch_first else input
@@ -320,8 +321,8 @@ def rnn(
         weights: for each layer and direction ``weight_ih`` [H, I or D·H], ``weight_hh`` [H, H] and, with ``bias``,
             ``bias_ih`` and ``bias_hh`` [H]: the order of ``torch.nn.RNN.parameters()``
         nonlinearity: φ, ``"tanh"`` or ``"relu"``
-        **options: see :class:`Options`; ``dropout`` is a probability and acts on the output of every layer but the last,
-            in ``training`` only
+        **options: see :class:`Options`; ``dropout`` is a probability, and acts on the output of every layer but the
+            last, in ``training`` only
 
     Returns:
         The output of the last layer at every step, [T, B, D·H] in the layout of ``input``, and the state after the last
@@ -380,9 +381,7 @@ def gru_cell(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> Ten
     return _one_step("gru", input, hx, weights)  # type: ignore[no-any-return]
 
 
-def lstm_cell(
-    input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def lstm_cell(input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """One step of :func:`lstm`; arguments, results and errors as of :func:`rnn_cell`, with pairs (h, c) as states.
 
     Raises:

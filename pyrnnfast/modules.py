@@ -84,7 +84,7 @@ class _Cells(torch.nn.RNNCellBase):
         functional.check_cell_state(spec, hx)
         if functional.obstacle(spec, input, hx, weights, single_step=True) is None:
             return functional.run_cell(spec, input, hx, weights)
-        return super().forward(input, hx)  # type: ignore[misc]
+        return super().forward(input, hx)
 
     def _kind(self) -> str:
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """The recurrences as the textbook has them: plain torch, one step at a time.
 
-Slow and plain on purpose. This is the ground truth of the tests, and the road of every derivative that the kernels do not
-have (double backward). The equations stand here and in ``csrc/cells.h``, and nowhere else.
+Slow and plain on purpose. This is the ground truth of the tests, and the road of the derivative that the kernels do not
+have: double backward. The equations stand here and in ``csrc/cells.h``, and nowhere else.
 
 Shapes: ``T`` steps, ``B`` sequences, ``I`` inputs, ``H`` hidden units, ``G`` gates (1, 3 or 4), ``D`` directions,
 ``N = sum(batch_sizes)`` rows of time-major data, longest sequences first, as in ``PackedSequence``; dense data have the

@@ -1,9 +1,9 @@
 // The time loop, forward and back through time, once for every cell and instruction set.
 //
-// Both directions have one shape. At each step, for a tile of rows and a block of units: multiply rows of the step before
-// (h, or dgates) by a panel of weights in registers, then finish these units (the cell's own equations) while the
-// product is still in the first cache. Rows without a step before (the start of their sequence) take their product from
-// the caller instead. What differs between forward and backward is a policy, `ForwardPass` or `BackwardPass`.
+// Both directions have one shape. At each step, for a tile of rows and a block of units: multiply rows of the step
+// before (h, or dgates) by a panel of weights in registers, then finish these units (the cell's own equations) while
+// the product is still in the first cache. Rows without a step before (the start of their sequence) take their product
+// from the caller instead. What differs between forward and backward is a policy, `ForwardPass` or `BackwardPass`.
 #pragma once
 
 #include "../activations.h"
@@ -43,7 +43,8 @@ struct Lanes {
 };
 
 inline void prefetch(const Matrix& m, int64_t row, int64_t column, int element_bytes) {
-  if (m.data != nullptr) __builtin_prefetch(static_cast<const char*>(m.data) + (row * m.stride + column) * element_bytes);
+  if (m.data != nullptr)
+    __builtin_prefetch(static_cast<const char*>(m.data) + (row * m.stride + column) * element_bytes);
 }
 
 // Where a tile stands: `rows` rows from `row` at time t. `continues` tells whether they have a step before in the order
@@ -153,8 +154,8 @@ struct BackwardPass {
     for (int g = 0; g < Cell::saved; ++g) s.saved[g] = lanes.load(at<const T>(p.saved, flat, g * H + unit));
     if constexpr (Cell::backward_reads_h) s.h = lanes.load(at<const T>(p.y, flat, unit));
     if constexpr (Cell::backward_reads_h_prev) {
-      s.h_prev = has_prev ? lanes.load(at<const T>(p.y, p.offsets[t_prev] + row, unit))
-                          : lanes.load_or_zero(p.h0, row, unit);
+      s.h_prev =
+          has_prev ? lanes.load(at<const T>(p.y, p.offsets[t_prev] + row, unit)) : lanes.load_or_zero(p.h0, row, unit);
     }
     if constexpr (Cell::has_cell) {
       s.c = lanes.load(at<const T>(p.cells, flat, unit));

@@ -1,5 +1,5 @@
-// How a pass is shared among threads. A row's results do not depend on it, to the bit: each thread runs whole tiles, and
-// a tile's arithmetic does not depend on the rows beside it (tile.h).
+// How a pass is shared among threads. A row's results do not depend on it, to the bit: each thread runs whole tiles,
+// and a tile's arithmetic does not depend on the rows beside it (tile.h).
 #include "schedule.h"
 
 #include <algorithm>
@@ -18,9 +18,7 @@ constexpr double kSerialOperations = 4e6;
 // With fewer rows than this a thread, tiles are too low to be efficient and threads share the units instead.
 constexpr int64_t kRowsPerThread = 4;
 
-constexpr int gates_of(CellKind cell) {
-  return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1;
-}
+constexpr int gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
 
 struct AlignedDelete {
   void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t(64)); }

@@ -1,7 +1,7 @@
 // The vector of an instruction set: Bytes = 64 (AVX-512), 32 (AVX2) or 16 (whatever the baseline of the processor has).
 // The compiler's own vector types carry + - * / and comparisons; here stands what they lack: loads of part of a vector,
-// fused multiply-add, minimum and maximum. -ffp-contract=off (CMakeLists.txt) keeps the compiler from fusing on its own,
-// which it might do differently in two instances of a template: then a row's bits would depend on its neighbours.
+// fused multiply-add, minimum and maximum. -ffp-contract=off (CMakeLists.txt) keeps the compiler from fusing on its
+// own, which it might do differently in two instances of a template: then a row's bits would depend on its neighbours.
 //
 // Everything is in an anonymous namespace and nothing comes from the standard library, so that no function compiled for
 // a newer processor can be shared by the linker with code that runs on an older one.

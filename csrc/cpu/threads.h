@@ -17,8 +17,8 @@ class Barrier {
   alignas(64) unsigned generation_ = 0;
 };
 
-// Calls body(context, rank, size) on `size` threads at once, rank = 0 … size − 1, 1 ≤ size ≤ threads. One call at a time
-// has the team; a concurrent one, or one from inside a parallel region, gets size = 1.
+// Calls body(context, rank, size) on `size` threads at once, rank = 0 … size − 1, 1 ≤ size ≤ threads. One call at a
+// time has the team; a concurrent one, or one from inside a parallel region, gets size = 1.
 void parallel(int threads, void (*body)(void* context, int rank, int size), void* context);
 
 }  // namespace pyrnnfast

@@ -14,8 +14,8 @@ namespace {
 inline constexpr int kMaxVectors = 4;
 
 template <class S>
-using ProductFn = void (*)(const typename S::Scalar* a, int64_t a_stride, const typename S::Scalar* panel, int64_t depth,
-                           typename S::Scalar* tile, bool add);
+using ProductFn = void (*)(const typename S::Scalar* a, int64_t a_stride, const typename S::Scalar* panel,
+                           int64_t depth, typename S::Scalar* tile, bool add);
 
 template <class S, int Vectors, int Rows, int Chains>
 void product(const typename S::Scalar* a, int64_t a_stride, const typename S::Scalar* panel, int64_t depth,
@@ -36,7 +36,6 @@ void product(const typename S::Scalar* a, int64_t a_stride, const typename S::Sc
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       weight[v] = S::load(panel + k * width + v * S::lanes);
-      __builtin_prefetch(panel + (k + 8) * width + v * S::lanes);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < Rows; ++m) {
