@@ -105,18 +105,20 @@ def _forward_direction(
     bias, bias_hn = _biases(cell, bias_ih, bias_hh, hidden)
     # The kernel overwrites xgates with what it saves, so they get the room of both: [N, max(gates, saved)·H].
     width = max(cell.gates, cell.saved if keep else 0) * hidden
-    saved = Saved(None, x.new_empty(rows, hidden) if keep and cell.has_cell else None)
+    cells = x.new_empty(rows, hidden) if keep and cell.has_cell else None
     stretch = rows if keep or call.batch_sizes is not None else _stretch(rows, call.batch, width * x.element_size())
     workspace = x.new_empty(stretch, width)
-    starts = range(0, rows, stretch)
-    for start in reversed(starts) if reverse else starts:
-        part = slice(start, min(start + stretch, rows))
-        gates = workspace[: part.stop - start]
-        xgates = gates[:, : cell.gates * hidden]
+    gates = workspace if keep and cell.saved else None
+    for start in reversed(range(0, rows, stretch)) if reverse else range(0, rows, stretch):
+        end = min(start + stretch, rows)
+        x_part, y_part = (x, y) if end - start == rows else (x[start:end], y[start:end])
+        xgates = workspace if len(x_part) == stretch else workspace[: end - start]
+        if width > cell.gates * hidden:
+            xgates = xgates[:, : cell.gates * hidden]
         if bias is None:
-            torch.mm(x[part], weight_ih.t(), out=xgates)
+            torch.mm(x_part, weight_ih.t(), out=xgates)
         else:
-            torch.addmm(bias, x[part], weight_ih.t(), out=xgates)
+            torch.addmm(bias, x_part, weight_ih.t(), out=xgates)
         _cpu.forward(
             call.cell,
             xgates,
@@ -125,17 +127,17 @@ def _forward_direction(
             None if h_first is None else torch.mm(h_first, weight_hh.t()),
             _rows(h_first),
             _rows(c_first),
-            y[part],
+            y_part,
             h_n,
             c_n,
-            gates if keep and cell.saved else None,
-            saved.cells,
+            gates,
+            cells,
             call.batch_sizes,
             reverse,
             torch.get_num_threads(),
         )
         h_first, c_first = h_n, c_n
-    return saved._replace(gates=workspace if keep and cell.saved else None)
+    return Saved(gates, cells)
 
 
 # Inference needs xgates of all steps at once for no reason but speed. Memory of some megabytes is taken from the heap
@@ -185,6 +187,18 @@ def forward(
         for d in range(directions)
     ]
     return y, h_n, c_n, kept
+
+
+def forward_step(
+    call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None], keep: bool
+) -> tuple[Tensor, Tensor | None, Saved]:
+    """:func:`forward` of one step in one direction. x: [B, I]; h0, c0, and the results h and c: [B, H]."""
+    weight_hh = weights[1]
+    assert weight_hh is not None
+    h = x.new_empty(call.batch, weight_hh.shape[1])
+    c = torch.empty_like(h) if CELLS[call.cell].has_cell else None
+    # With one step, its output and the final state are the same values: the kernel writes them to the same place.
+    return h, c, _forward_direction(call, False, x, h0, c0, weights, (h, h, c), keep)
 
 
 def _packed_neighbours(batch_sizes: Tensor, reverse: bool) -> Tensor:
@@ -391,6 +405,36 @@ class _Layer(torch.autograd.Function):
         )
 
 
+class _Step(torch.autograd.Function):
+    """h[, c] = step(call, x, h0, c0, *weights): a layer of one step and one direction, without its extra dimensions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        h, c, saved = forward_step(call, x, h0, c0, weights, keep=True)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, c0, *weights, h, *saved)
+        return h if c is None else (h, c)
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        x, h0, c0, *weights, h, gates, cells = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if grad_h is None and grad_c is None:
+            return (None,) * len(needs)
+        if torch.is_grad_enabled():
+            lead = [None if t is None else t.unsqueeze(0) for t in (x, h0, c0, grad_h, grad_c)]
+            grads = _differentiable_backward(call, needs, (*lead[:3], *weights), (None, *lead[3:]))
+            return (None, *(None if g is None else g.squeeze(0) for g in grads[1:4]), *grads[4:])
+        part = _backward_direction(
+            call, False, needs[2:], x, h, h0, c0, weights, Saved(gates, cells), (None, grad_h, grad_c)
+        )
+        return None, torch.mm(part.dgates_in, weights[0]) if needs[1] else None, *part[1:]
+
+
 def _differentiable_backward(
     call: Call, needs: Sequence[bool], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
@@ -414,12 +458,25 @@ def _differentiable_backward(
     )
 
 
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def layer(
     call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A layer with whatever of autograd the moment asks for. Arguments and first results as of :func:`forward`."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
+    if _differentiable(x, h0, c0, *weights):
         y, h_n, *c_n = _Layer.apply(call, x, h0, c0, *weights)
         return y, h_n, c_n[0] if c_n else None
-    y, h_n, c_n, _ = forward(call, x, h0, c0, weights, keep=False)
-    return y, h_n, c_n
+    return forward(call, x, h0, c0, weights, keep=False)[:3]
+
+
+def step(
+    call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One step of a cell likewise. Arguments as of :func:`forward_step`; returns h, or h and c for the LSTM."""
+    if _differentiable(x, h0, c0, *weights):
+        return _Step.apply(call, x, h0, c0, *weights)  # type: ignore[no-any-return]
+    h, c, _ = forward_step(call, x, h0, c0, weights, keep=False)
+    return h if c is None else (h, c)

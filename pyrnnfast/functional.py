@@ -64,20 +64,19 @@ def _context_obstacle() -> str | None:
     return None
 
 
-def _tensor_obstacle(name: str, tensor: object, dtype: torch.dtype) -> str | None:
+def _tensor_obstacle(name: str, tensor: Any, dtype: torch.dtype) -> str | None:
     """Why not, from one operand."""
     if type(tensor) not in _PLAIN:
         return f"{name} is {'a' if isinstance(tensor, Tensor) else 'no tensor but a'} {type(tensor).__name__}"
-    assert isinstance(tensor, Tensor)
-    if tensor.device.type != "cpu":
+    if tensor.is_cpu and tensor.dtype is dtype and tensor.layout is torch.strided and not tensor.is_neg():
+        return None
+    if not tensor.is_cpu:
         return f"{name} is on {tensor.device}"
     if tensor.dtype is not dtype:
         return f"{name} is {tensor.dtype}, where {dtype} is the dtype of the weights"
     if tensor.layout is not torch.strided:
         return f"{name} has the layout {tensor.layout}"
-    if tensor.is_neg():
-        return f"{name} is a lazily negated view"
-    return None
+    return f"{name} is a lazily negated view"
 
 
 def _weights_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
@@ -231,9 +230,9 @@ def run_cell(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor]) -
     if input.dim() == 1:
         states = run_cell(spec, input.unsqueeze(0), _map(hx, Tensor.unsqueeze, 0), weights)
         return _map(states, Tensor.squeeze, 0)  # type: ignore[no-any-return]
+    h0, c0 = hx if isinstance(hx, (tuple, list)) else (hx, None)
     call = autograd.Call(spec.cell, input.shape[0], None)
-    _, states = _run_layers(spec, call, input.unsqueeze(0), _map(hx, Tensor.unsqueeze, 0), weights)
-    return _map(states, Tensor.squeeze, 0)  # type: ignore[no-any-return]
+    return autograd.step(call, input, h0, c0, weights if spec.bias else (*weights, None, None))
 
 
 _STOCK_LAYERS: dict[str, Callable[..., torch.nn.Module]] = {
