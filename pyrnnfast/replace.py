@@ -7,6 +7,7 @@ working, and hooks, buffers, parametrizations and the training flag stay where t
 from typing import TypeVar
 
 import torch
+from torch.nn.utils import parametrize
 
 from . import modules
 
@@ -25,9 +26,16 @@ _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 
 def _swap(model: ModelT, classes: dict[type[torch.nn.Module], type[torch.nn.Module]]) -> ModelT:
     for module in model.modules():
-        target = classes.get(type(module))
-        if target is not None:
-            module.__class__ = target
+        old = type(module)
+        if old in classes:
+            module.__class__ = classes[old]
+        elif parametrize.is_parametrized(module) and old.__bases__[0] in classes:
+            # torch derives a class for each parametrized module, with a property for each parametrized tensor.
+            base = classes[old.__bases__[0]]
+            own = {
+                name: value for name, value in vars(old).items() if name not in ("__dict__", "__weakref__", "__doc__")
+            }
+            module.__class__ = type(f"Parametrized{base.__name__}", (base,), own)
     return model
 
 

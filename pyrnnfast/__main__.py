@@ -1,0 +1,5 @@
+"""``python -m pyrnnfast``."""
+
+from .cli import main
+
+main()
