@@ -1,10 +1,11 @@
 // The module pyrnnfast._cpu: takes tensors as objects, passes them through the one door (check.cpp), lets go of the GIL
-// and runs.
+// and runs. The signatures stand in pyrnnfast/_cpu.pyi.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <vector>
 
+#include "arguments.h"
 #include "check.h"
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
@@ -15,61 +16,109 @@ using namespace pyrnnfast;
 
 namespace {
 
-void forward(const std::string& cell, py::object xgates, py::object weight_hh, py::object bias_hn, py::object hgates,
-             py::object h0, py::object c0, py::object y, py::object h_n, py::object c_n, py::object saved,
-             py::object cells, py::object batch_sizes, bool reverse, int64_t threads) {
-  ForwardOperands o;
-  o.xgates = read_tensor(xgates, "xgates");
-  o.weight_hh = read_tensor(weight_hh, "weight_hh");
-  o.bias_hn = read_tensor(bias_hn, "bias_hn");
-  o.hgates = read_tensor(hgates, "hgates");
-  o.h0 = read_tensor(h0, "h0");
-  o.c0 = read_tensor(c0, "c0");
-  o.y = read_tensor(y, "y");
-  o.h_n = read_tensor(h_n, "h_n");
-  o.c_n = read_tensor(c_n, "c_n");
-  o.saved = read_tensor(saved, "saved");
-  o.cells = read_tensor(cells, "cells");
-  o.batch_sizes = read_tensor(batch_sizes, "batch_sizes");
-  const int team = check_threads(threads);
-  const Checked<Forward> call = check_forward(cell, o, reverse);
-  const py::gil_scoped_release release;
-  run(call.problem, team);
+template <class Operands>
+struct TensorArgument {
+  const char* name;
+  Operand Operands::* operand;
+};
+
+constexpr TensorArgument<ForwardOperands> kForwardTensors[] = {
+    {"xgates", &ForwardOperands::xgates},
+    {"weight_hh", &ForwardOperands::weight_hh},
+    {"bias_hn", &ForwardOperands::bias_hn},
+    {"hgates", &ForwardOperands::hgates},
+    {"h0", &ForwardOperands::h0},
+    {"c0", &ForwardOperands::c0},
+    {"y", &ForwardOperands::y},
+    {"h_n", &ForwardOperands::h_n},
+    {"c_n", &ForwardOperands::c_n},
+    {"saved", &ForwardOperands::saved},
+    {"cells", &ForwardOperands::cells},
+    {"batch_sizes", &ForwardOperands::batch_sizes},
+};
+
+constexpr TensorArgument<BackwardOperands> kBackwardTensors[] = {
+    {"y", &BackwardOperands::y},
+    {"saved", &BackwardOperands::saved},
+    {"cells", &BackwardOperands::cells},
+    {"weight_hh", &BackwardOperands::weight_hh},
+    {"h0", &BackwardOperands::h0},
+    {"c0", &BackwardOperands::c0},
+    {"grad_y", &BackwardOperands::grad_y},
+    {"grad_h_n", &BackwardOperands::grad_h_n},
+    {"grad_c_n", &BackwardOperands::grad_c_n},
+    {"dgates", &BackwardOperands::dgates},
+    {"carry", &BackwardOperands::carry},
+    {"batch_sizes", &BackwardOperands::batch_sizes},
+};
+
+// `before`, the tensors of the table, then reverse and threads.
+template <class Operands, size_t N>
+std::vector<const char*> argument_names(std::vector<const char*> before, const TensorArgument<Operands> (&tensors)[N]) {
+  for (const auto& tensor : tensors) before.push_back(tensor.name);
+  before.push_back("reverse");
+  before.push_back("threads");
+  return before;
 }
 
-void backward(const std::string& cell, int64_t batch, py::object y, py::object saved, py::object cells,
-              py::object weight_hh, py::object h0, py::object c0, py::object grad_y, py::object grad_h_n,
-              py::object grad_c_n, py::object dgates, py::object carry, py::object batch_sizes, bool reverse,
-              int64_t threads) {
-  BackwardOperands o;
-  o.batch = batch;
-  o.y = read_tensor(y, "y");
-  o.saved = read_tensor(saved, "saved");
-  o.cells = read_tensor(cells, "cells");
-  o.weight_hh = read_tensor(weight_hh, "weight_hh");
-  o.h0 = read_tensor(h0, "h0");
-  o.c0 = read_tensor(c0, "c0");
-  o.grad_y = read_tensor(grad_y, "grad_y");
-  o.grad_h_n = read_tensor(grad_h_n, "grad_h_n");
-  o.grad_c_n = read_tensor(grad_c_n, "grad_c_n");
-  o.dgates = read_tensor(dgates, "dgates");
-  o.carry = read_tensor(carry, "carry");
-  o.batch_sizes = read_tensor(batch_sizes, "batch_sizes");
-  const int team = check_threads(threads);
-  const Checked<Backward> call = check_backward(cell, o, reverse);
-  const py::gil_scoped_release release;
-  run(call.problem, team);
+template <class Operands, size_t N>
+Operands read_tensors(const Arguments& arguments, size_t first, const TensorArgument<Operands> (&tensors)[N]) {
+  Operands operands;
+  for (size_t i = 0; i < N; ++i) operands.*tensors[i].operand = read_tensor(arguments[first + i], tensors[i].name);
+  return operands;
 }
 
-std::vector<std::string> names_of_instruction_sets() {
+template <class P>
+void run_without_gil(const Checked<P>& call, int threads) {
+  const py::gil_scoped_release release;
+  run(call.problem, threads);
+}
+
+void forward(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = argument_names({"cell"}, kForwardTensors);
+  const Arguments arguments("forward", names, args, kwargs);
+  const size_t last = names.size() - 1;
+  const auto operands = read_tensors(arguments, 1, kForwardTensors);
+  const int threads = check_threads(arguments.integer(last));
+  run_without_gil(check_forward(arguments.text(0), operands, arguments.flag(last - 1)), threads);
+}
+
+void backward(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = argument_names({"cell", "batch"}, kBackwardTensors);
+  const Arguments arguments("backward", names, args, kwargs);
+  const size_t last = names.size() - 1;
+  auto operands = read_tensors(arguments, 2, kBackwardTensors);
+  operands.batch = arguments.integer(1);
+  const int threads = check_threads(arguments.integer(last));
+  run_without_gil(check_backward(arguments.text(0), operands, arguments.flag(last - 1)), threads);
+}
+
+void check_batch_sizes_of(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"batch_sizes", "rows"};
+  const Arguments arguments("check_batch_sizes", names, args, kwargs);
+  check_batch_sizes(read_tensor(arguments[0], names[0]), arguments.integer(1));
+}
+
+const std::vector<const char*> kNone;
+
+std::vector<std::string> names_of_instruction_sets(const py::args& args, const py::kwargs& kwargs) {
+  Arguments("instruction_sets", kNone, args, kwargs);
   std::vector<std::string> names;
   for (const InstructionSet* isa : instruction_sets()) names.emplace_back(isa->name);
   return names;
 }
 
+std::string name_of_instruction_set(const py::args& args, const py::kwargs& kwargs) {
+  Arguments("instruction_set", kNone, args, kwargs);
+  return instruction_set_in_use().name;
+}
+
 // For the tests of activations.h: out = sigmoid(x) or tanh(x), both 1-D, contiguous, of one dtype and size.
-void activation(const std::string& name, py::object x, py::object out) {
-  const Operand from = read_tensor(x, "x"), to = read_tensor(out, "out");
+void activation(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"name", "x", "out"};
+  const Arguments arguments("activation", names, args, kwargs);
+  const std::string name = arguments.text(0);
+  const Operand from = read_tensor(arguments[1], names[1]), to = read_tensor(arguments[2], names[2]);
   if (name != "sigmoid" && name != "tanh") throw py::value_error("activation must be 'sigmoid' or 'tanh'");
   for (const Operand* o : {&from, &to}) {
     if (!o->present || !o->on_cpu || o->dimensions != 1 || o->stride[0] != 1 || o->type != from.type ||
@@ -84,23 +133,22 @@ void activation(const std::string& name, py::object x, py::object out) {
   instruction_set_in_use().activation[kind][dtype](from.data, to.data, from.shape[0]);
 }
 
+void use_instruction_set(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"name"};
+  select_instruction_set(Arguments("select_instruction_set", names, args, kwargs).text(0));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The recurrence on the CPU; csrc/problem.h tells what each operand is.";
   instruction_set_in_use();  // a bad PYRNNFAST_ISA fails here, at import
-  m.def("forward", &forward, py::arg("cell"), py::arg("xgates"), py::arg("weight_hh"), py::arg("bias_hn"),
-        py::arg("hgates"), py::arg("h0"), py::arg("c0"), py::arg("y"), py::arg("h_n"), py::arg("c_n"), py::arg("saved"),
-        py::arg("cells"), py::arg("batch_sizes"), py::arg("reverse"), py::arg("threads"));
-  m.def("backward", &backward, py::arg("cell"), py::arg("batch"), py::arg("y"), py::arg("saved"), py::arg("cells"),
-        py::arg("weight_hh"), py::arg("h0"), py::arg("c0"), py::arg("grad_y"), py::arg("grad_h_n"), py::arg("grad_c_n"),
-        py::arg("dgates"), py::arg("carry"), py::arg("batch_sizes"), py::arg("reverse"), py::arg("threads"));
-  m.def(
-      "check_batch_sizes",
-      [](py::object batch_sizes, int64_t rows) { check_batch_sizes(read_tensor(batch_sizes, "batch_sizes"), rows); },
-      py::arg("batch_sizes"), py::arg("rows"), "Raises ValueError unless batch_sizes are those of packed data.");
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("check_batch_sizes", &check_batch_sizes_of,
+        "Raises ValueError unless batch_sizes are those of packed data of so many rows.");
   m.def("instruction_sets", &names_of_instruction_sets, "Those that this machine can run, the best first.");
-  m.def("instruction_set", [] { return std::string(instruction_set_in_use().name); }, "The one in use.");
-  m.def("select_instruction_set", &select_instruction_set, py::arg("name"));
-  m.def("activation", &activation, py::arg("name"), py::arg("x"), py::arg("out"));
+  m.def("instruction_set", &name_of_instruction_set, "The one in use.");
+  m.def("select_instruction_set", &use_instruction_set);
+  m.def("activation", &activation);
 }

@@ -117,6 +117,12 @@ void require_rows(const Operand& o, const std::string& name) {
   require(o.dimensions == 2, name + ": expected two dimensions, got " + shape_text(o));
 }
 
+// The upper bound keeps the sizes of all operands within int64.
+void require_hidden(int64_t hidden) {
+  require(hidden > 0 && hidden < int64_t{1} << 40,
+          "hidden size must be positive and below 2^40, got " + std::to_string(hidden));
+}
+
 template <class P>
 void fill_sizes(Checked<P>& call, const Door& door, int64_t batch, int64_t hidden, bool reverse) {
   P& p = call.problem;
@@ -138,6 +144,8 @@ std::vector<int64_t> check_batch_sizes(const Operand& o, int64_t rows) {
   require(o.dimensions == 1, "batch_sizes must have one dimension, got " + shape_text(o));
   require(o.shape[0] > 0, "Expected sequence length to be larger than 0 in RNN");
   require(o.data != nullptr, "batch_sizes has no memory");
+  require(o.shape[0] <= rows, "batch_sizes has " + std::to_string(o.shape[0]) + " steps, but the data have only " +
+                                  std::to_string(rows) + " rows");
   std::vector<int64_t> offsets(static_cast<size_t>(o.shape[0]) + 1, 0);
   int64_t previous = rows;
   for (int64_t t = 0; t < o.shape[0]; ++t) {
@@ -170,8 +178,10 @@ Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& o
   require_rows(o.xgates, "xgates");
   require_rows(o.h_n, "h_n");
   const int64_t N = o.xgates.shape[0], B = o.h_n.shape[0], H = o.h_n.shape[1];
-  require(H > 0, "hidden size must be positive");
+  require_hidden(H);
   const Widths& w = door.widths;
+  // Before anything is allocated for so many rows: they exist.
+  door.matrix(o.y, "y", N, H, Need::always);
   Checked<Forward> call{offsets_of(o.batch_sizes, N, B), {}};
   Forward& p = call.problem;
   fill_sizes(call, door, B, H, reverse);
@@ -193,8 +203,9 @@ Checked<Backward> check_backward(const std::string& cell, const BackwardOperands
   const Door door(cell, o.y, "y");
   require_rows(o.y, "y");
   const int64_t N = o.y.shape[0], B = o.batch, H = o.y.shape[1];
-  require(H > 0, "hidden size must be positive");
+  require_hidden(H);
   const Widths& w = door.widths;
+  door.matrix(o.y, "y", N, H, Need::always);
   Checked<Backward> call{offsets_of(o.batch_sizes, N, B), {}};
   Backward& p = call.problem;
   fill_sizes(call, door, B, H, reverse);

@@ -68,7 +68,10 @@ Operand read_tensor(py::handle object, const char* name) {
                          ", which this build of pyrnnfast does not read");
   }
   dlpack::Tensor tensor{};
-  if (table->borrow(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  if (table->borrow(object.ptr(), &tensor) != 0) {
+    PyErr_Clear();  // torch tells of its dispatcher and adds a C++ stack
+    throw py::value_error(std::string(name) + " must be a dense tensor with memory of its own");
+  }
   Operand operand;
   operand.present = true;
   operand.data = tensor.data == nullptr ? nullptr : static_cast<char*>(tensor.data) + tensor.byte_offset;

@@ -321,10 +321,13 @@ def _backward_direction(
     grad_h0 = None
     if need_h0:
         first = _initial_rows(call, dgates, neighbours, reverse)
-        grad_h0 = carry if cell.inner_bias else None
         for weight_rows, columns in cell.recurrent:
             left, right = first[:, _scaled(columns, hidden)], weight_hh[_scaled(weight_rows, hidden)]
-            grad_h0 = torch.mm(left, right) if grad_h0 is None else torch.addmm(grad_h0, left, right)
+            grad_h0 = torch.mm(left, right) if grad_h0 is None else grad_h0.addmm_(left, right)
+        if cell.inner_bias:
+            # Last: it is large beside the products, which would all be rounded to its size.
+            assert grad_h0 is not None and carry is not None
+            grad_h0 += carry
     grad_bias_ih = grad_bias_hh = None
     if need_bias_ih or need_bias_hh:
         sums = dgates.sum(0)
@@ -357,8 +360,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        directions = (len(ctx.saved_tensors) - 4) // 6
-        x, h0, c0, *rest = ctx.saved_tensors
+        x, h0, c0, *rest = ctx.saved_tensors  # once: checkpointing lets them be unpacked only once
+        directions = (len(rest) - 1) // 6
         weights, y, kept = rest[: 4 * directions], rest[4 * directions], rest[4 * directions + 1 :]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
@@ -427,7 +430,8 @@ class _Step(torch.autograd.Function):
             return (None,) * len(needs)
         if torch.is_grad_enabled():
             lead = [None if t is None else t.unsqueeze(0) for t in (x, h0, c0, grad_h, grad_c)]
-            grads = _differentiable_backward(call, needs, (*lead[:3], *weights), (None, *lead[3:]))
+            finals = lead[3:] if CELLS[call.cell].has_cell else lead[3:4]
+            grads = _differentiable_backward(call, needs, (*lead[:3], *weights), (None, *finals))
             return (None, *(None if g is None else g.squeeze(0) for g in grads[1:4]), *grads[4:])
         part = _backward_direction(
             call, False, needs[2:], x, h, h0, c0, weights, Saved(gates, cells), (None, grad_h, grad_c)

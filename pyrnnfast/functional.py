@@ -36,6 +36,7 @@ class Spec(NamedTuple):
     training: bool = False
     bidirectional: bool = False
     proj_size: int = 0
+    single_step: bool = False  # a cell module, whose input has no time dimension
 
     @property
     def directions(self) -> int:
@@ -80,17 +81,24 @@ def _tensor_obstacle(name: str, tensor: Any, dtype: torch.dtype) -> str | None:
 
 
 def _weights_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
-    per_direction, directions = spec.per_direction, spec.directions
-    if len(weights) != spec.num_layers * directions * per_direction:
-        return f"{spec.num_layers * directions * per_direction} weights are expected, got {len(weights)}"
+    if not weights or not isinstance(weights[0], Tensor):
+        return "there are no weights"
     dtype = weights[0].dtype
     if dtype not in _SERVED_DTYPES:
         return f"the kernels serve float32 and float64, not {dtype}"
-    rows = autograd.CELLS[spec.cell].gates * spec.hidden_size
-    for k, weight in enumerate(weights):
+    for weight in weights:
         reason = _tensor_obstacle("a weight", weight, dtype)
         if reason is not None:
             return reason
+    return _shapes_obstacle(spec, weights)
+
+
+def _shapes_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
+    per_direction, directions = spec.per_direction, spec.directions
+    if len(weights) != spec.num_layers * directions * per_direction:
+        return f"{spec.num_layers * directions * per_direction} weights are expected, got {len(weights)}"
+    rows = autograd.CELLS[spec.cell].gates * spec.hidden_size
+    for k, weight in enumerate(weights):
         kind, layer = k % per_direction, k // (per_direction * directions)
         inputs = spec.input_size if layer == 0 else spec.hidden_size * directions
         expected = ((rows, inputs), (rows, spec.hidden_size), (rows,), (rows,))[kind]
@@ -99,11 +107,15 @@ def _weights_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
     return None
 
 
-def obstacle(
-    spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequence[Tensor], single_step: bool = False
-) -> str | None:
-    """Why our kernels do not serve this call, or None when they do. ``single_step``: of a cell module, whose
-    input has no time dimension."""
+def obstacle(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequence[Tensor]) -> str | None:
+    """Why our kernels do not serve this call, or None when they do.
+
+    Raises:
+        ValueError: the ``batch_sizes`` of packed input do not describe its data. Not left to torch, which may crash.
+    """
+    packed = isinstance(input, PackedSequence) and not spec.single_step
+    if packed:
+        _cpu.check_batch_sizes(input.batch_sizes, input.data.shape[0])  # type: ignore[union-attr]
     if spec.cell not in autograd.CELLS:
         return f"there is no kernel for the cell {spec.cell!r}"
     reason = _context_obstacle() or (
@@ -111,16 +123,19 @@ def obstacle(
     )
     if reason is not None:
         return reason
-    packed = isinstance(input, PackedSequence)
-    data = input.data if isinstance(input, PackedSequence) else input
+    data = input.data if packed else input
     dtype = weights[0].dtype
     reason = _tensor_obstacle("the input", data, dtype)
     if reason is not None:
         return reason
-    time_dimensions = 0 if single_step else 1
-    if packed and not single_step:
+    assert isinstance(data, Tensor)
+    time_dimensions = 0 if spec.single_step else 1
+    if packed:
         if data.dim() != 2:
             return f"packed data has {data.dim()} dimensions"
+        order = input.sorted_indices  # type: ignore[union-attr]
+        if order is not None and len(order) != int(input.batch_sizes[0]):  # type: ignore[union-attr]
+            return "sorted_indices do not fit the batch"
     elif data.dim() not in (time_dimensions + 1, time_dimensions + 2):
         return f"the input has {data.dim()} dimensions"
     if data.shape[-1] != spec.input_size:
@@ -134,7 +149,7 @@ def obstacle(
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             return "hx is no pair (h0, c0)"
         states = hx
-    expected = state_shape(spec, input, single_step)
+    expected = state_shape(spec, input)
     for state in states:
         reason = _tensor_obstacle("hx", state, dtype)
         if reason is not None:
@@ -145,29 +160,54 @@ def obstacle(
     return None
 
 
-def state_shape(spec: Spec, input: Tensor | PackedSequence, single_step: bool) -> tuple[int, ...]:
+def state_shape(spec: Spec, input: Tensor | PackedSequence) -> tuple[int, ...]:
     """The shape that h0 and c0 must have with this input."""
-    lead = () if single_step else (spec.num_layers * spec.directions,)
+    lead = () if spec.single_step else (spec.num_layers * spec.directions,)
     if isinstance(input, PackedSequence):
         return (*lead, int(input.batch_sizes[0]), spec.hidden_size)
-    if input.dim() == (1 if single_step else 2):
+    if input.dim() == (1 if spec.single_step else 2):
         return (*lead, spec.hidden_size)
-    batch = input.shape[0] if single_step or spec.batch_first else input.shape[1]
+    batch = input.shape[0] if spec.single_step or spec.batch_first else input.shape[1]
     return (*lead, batch, spec.hidden_size)
 
 
-def check_packed(input: PackedSequence) -> None:
-    """Raises ValueError unless ``batch_sizes`` describe ``data``. Not left to torch, which may crash on such input."""
-    _cpu.check_batch_sizes(input.batch_sizes, input.data.shape[0])
+def _guard(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> None:
+    """Raises for a call that torch's own operators would answer by a crash, or from memory that is not theirs.
+
+    Raises:
+        TypeError: an LSTM cell's ``hx`` is no pair.
+        RuntimeError: a packed LSTM's ``hx`` is not three-dimensional; an LSTM's weights do not fit its sizes.
+    """
+    if spec.cell != "lstm":
+        return
+    pair = isinstance(hx, (tuple, list)) and len(hx) == 2
+    if spec.single_step:
+        if hx is not None and not pair:
+            raise TypeError(f"LSTMCell: Expected hx to be a pair (h_0, c_0) of tensors, got {type(hx).__name__}")
+        return
+    if isinstance(input, PackedSequence) and pair:
+        for k, state in enumerate(hx):
+            if isinstance(state, Tensor) and state.dim() != 3:
+                expected = state_shape(spec, input)
+                raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {list(state.shape)}")
+    if spec.proj_size or not isinstance(input, (Tensor, PackedSequence)):
+        return
+    # Other dtypes torch does notice.
+    if all(isinstance(weight, Tensor) and weight.dtype is input.data.dtype for weight in weights):
+        reason = _shapes_obstacle(spec, weights)
+        if reason is not None:
+            raise RuntimeError(f"LSTM: {reason}")
 
 
-def check_cell_state(spec: Spec, hx: Any) -> None:
-    """Raises TypeError unless an LSTM cell's ``hx`` is a pair. Not left to torch, which crashes on a tensor."""
-    if spec.cell == "lstm" and hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
-        raise TypeError(f"LSTMCell: Expected hx to be a pair (h_0, c_0) of tensors, got {type(hx).__name__}")
+def call(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], otherwise: Callable[[Any, Any], Any]) -> Any:
+    """The call on our kernels, or, where they do not serve it, ``otherwise(input, hx)``: torch's own way to do it."""
+    if obstacle(spec, input, hx, weights) is not None:
+        _guard(spec, input, hx, weights)
+        return otherwise(input, hx)
+    return _run_step(spec, input, hx, weights) if spec.single_step else _run(spec, input, hx, weights)
 
 
-def run(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequence[Tensor]) -> Result:
+def _run(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequence[Tensor]) -> Result:
     """A call without an obstacle, on our kernels; packed input has been checked."""
     if isinstance(input, PackedSequence):
         x, batch_sizes = input.data, input.batch_sizes
@@ -178,7 +218,7 @@ def run(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequenc
         return packed, _permuted(states, input.unsorted_indices)
     batched = input.dim() == 3
     if not batched:
-        output, states = run(
+        output, states = _run(
             spec._replace(batch_first=False), input.unsqueeze(1), _map(hx, Tensor.unsqueeze, 1), weights
         )
         assert isinstance(output, Tensor)
@@ -225,10 +265,10 @@ def _run_layers(
     return x, (hidden, c_n[0] if spec.num_layers == 1 else torch.cat(c_n))  # type: ignore[arg-type, return-value]
 
 
-def run_cell(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+def _run_step(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
     """One step of a cell without an obstacle, on our kernels. input: [B, I] or [I]; hx: [B, H] or [H] each."""
     if input.dim() == 1:
-        states = run_cell(spec, input.unsqueeze(0), _map(hx, Tensor.unsqueeze, 0), weights)
+        states = _run_step(spec, input.unsqueeze(0), _map(hx, Tensor.unsqueeze, 0), weights)
         return _map(states, Tensor.squeeze, 0)  # type: ignore[no-any-return]
     h0, c0 = hx if isinstance(hx, (tuple, list)) else (hx, None)
     call = autograd.Call(spec.cell, input.shape[0], None)
@@ -249,20 +289,23 @@ _STOCK_CELLS: dict[str, Callable[..., torch.nn.Module]] = {
 }
 
 
-def _torch_call(
-    spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], stock: Callable[..., torch.nn.Module]
-) -> Any:
-    """The same call of torch's own module: its forward with our arguments."""
-    options: dict[str, object] = {"nonlinearity": spec.cell[4:]} if spec.cell.startswith("rnn_") else {}
-    if stock in _STOCK_LAYERS.values():
-        names = ("num_layers", "batch_first", "dropout", "bidirectional")
-        options |= {name: getattr(spec, name) for name in names}
-    module = stock(spec.input_size, spec.hidden_size, bias=spec.bias, device="meta", **options)
-    module.train(spec.training)
-    parameters = [name for name, _ in module.named_parameters()]
-    if len(parameters) != len(weights):
-        raise ValueError(f"expected {len(parameters)} weights ({', '.join(parameters)}), got {len(weights)}")
-    return torch.func.functional_call(module, dict(zip(parameters, weights, strict=True)), (input, hx))
+def _torch_call(spec: Spec, weights: Sequence[Tensor]) -> Callable[[Any, Any], Any]:
+    """The forward of torch's own module with these weights."""
+
+    def forward(input: Any, hx: Any) -> Any:
+        options: dict[str, object] = {"nonlinearity": spec.cell[4:]} if spec.cell.startswith("rnn_") else {}
+        if not spec.single_step:
+            names = ("num_layers", "batch_first", "dropout", "bidirectional")
+            options |= {name: getattr(spec, name) for name in names}
+        stock = (_STOCK_CELLS if spec.single_step else _STOCK_LAYERS)[spec.cell]
+        module = stock(spec.input_size, spec.hidden_size, bias=spec.bias, device="meta", **options)
+        module.train(spec.training)
+        parameters = [name for name, _ in module.named_parameters()]
+        if len(parameters) != len(weights):
+            raise ValueError(f"expected {len(parameters)} weights ({', '.join(parameters)}), got {len(weights)}")
+        return torch.func.functional_call(module, dict(zip(parameters, weights, strict=True)), (input, hx))
+
+    return forward
 
 
 class Options(TypedDict, total=False):
@@ -276,27 +319,11 @@ class Options(TypedDict, total=False):
     bidirectional: bool
 
 
-def _layers(cell: str, input: Any, hx: Any, weights: Sequence[Tensor], options: Options) -> Any:
-    spec = _spec(cell, weights, **options)
-    if isinstance(input, PackedSequence):
-        check_packed(input)
-    if obstacle(spec, input, hx, weights) is None:
-        return run(spec, input, hx, weights)
-    return _torch_call(spec, input, hx, weights, _STOCK_LAYERS[cell])
-
-
-def _one_step(cell: str, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
-    spec = _spec(cell, weights, bias=len(weights) > 2)
-    check_cell_state(spec, hx)
-    if obstacle(spec, input, hx, weights, single_step=True) is None:
-        return run_cell(spec, input, hx, weights)
-    return _torch_call(spec, input, hx, weights, _STOCK_CELLS[cell])
-
-
-def _spec(cell: str, weights: Sequence[Tensor], **options: Any) -> Spec:
+def _call(cell: str, input: Any, hx: Any, weights: Sequence[Tensor], **options: Any) -> Any:
     if len(weights) < 2:
         raise ValueError(f"expected at least weight_ih and weight_hh, got {len(weights)} weights")
-    return Spec(cell, weights[0].shape[-1], weights[1].shape[-1], **options)
+    spec = Spec(cell, weights[0].shape[-1], weights[1].shape[-1], **options)
+    return call(spec, input, hx, weights, otherwise=_torch_call(spec, weights))
 
 
 def _rnn_kind(nonlinearity: str) -> str:
@@ -331,7 +358,7 @@ def rnn(
         ValueError, RuntimeError: what ``torch.nn.RNN`` raises on such input; ValueError for packed input whose
             ``batch_sizes`` are not positive, increase, or do not fit the data.
     """
-    return _layers(_rnn_kind(nonlinearity), input, hx, weights, options)  # type: ignore[no-any-return]
+    return _call(_rnn_kind(nonlinearity), input, hx, weights, **options)  # type: ignore[no-any-return]
 
 
 def gru(
@@ -341,7 +368,7 @@ def gru(
 
     Arguments, results and errors as of :func:`rnn`, with weights of 3·H rows in the order r, z, n.
     """
-    return _layers("gru", input, hx, weights, options)  # type: ignore[no-any-return]
+    return _call("gru", input, hx, weights, **options)  # type: ignore[no-any-return]
 
 
 def lstm(
@@ -355,7 +382,7 @@ def lstm(
     Arguments, results and errors as of :func:`rnn`, with weights of 4·H rows in the order i, f, g, o, and with pairs
     (h, c) for the initial and the final states.
     """
-    return _layers("lstm", input, hx, weights, options)  # type: ignore[no-any-return]
+    return _call("lstm", input, hx, weights, **options)  # type: ignore[no-any-return]
 
 
 def rnn_cell(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], nonlinearity: str = "tanh") -> Tensor:
@@ -372,12 +399,12 @@ def rnn_cell(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], nonlin
     Raises:
         ValueError, RuntimeError: what ``torch.nn.RNNCell`` raises on such input.
     """
-    return _one_step(_rnn_kind(nonlinearity), input, hx, weights)  # type: ignore[no-any-return]
+    return _call(_rnn_kind(nonlinearity), input, hx, weights, bias=len(weights) > 2, single_step=True)  # type: ignore[no-any-return]
 
 
 def gru_cell(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
     """One step of :func:`gru`; arguments, result and errors as of :func:`rnn_cell`."""
-    return _one_step("gru", input, hx, weights)  # type: ignore[no-any-return]
+    return _call("gru", input, hx, weights, bias=len(weights) > 2, single_step=True)  # type: ignore[no-any-return]
 
 
 def lstm_cell(input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -386,4 +413,4 @@ def lstm_cell(input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence
     Raises:
         TypeError: ``hx`` is no pair.
     """
-    return _one_step("lstm", input, hx, weights)  # type: ignore[no-any-return]
+    return _call("lstm", input, hx, weights, bias=len(weights) > 2, single_step=True)  # type: ignore[no-any-return]

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
 from .functional import Spec
@@ -26,15 +25,11 @@ class _Layers(torch.nn.RNNBase):
             hx: [num_layers·D, B, H] (without B when unbatched), a pair of them for the LSTM; None: zeros
 
         Raises:
-            ValueError, RuntimeError: with torch's words; ValueError for a ``PackedSequence`` whose ``batch_sizes`` are
-                not positive, increase, or do not fit its data.
+            ValueError, RuntimeError: with torch's words; ours where torch would crash or read beyond its memory: for a
+                ``PackedSequence`` whose ``batch_sizes`` do not describe its data, and for an LSTM whose packed ``hx``
+                or whose weights have wrong shapes.
         """
-        if isinstance(input, PackedSequence):
-            functional.check_packed(input)
-        spec, weights = self._spec(), self._weights()
-        if functional.obstacle(spec, input, hx, weights) is None:
-            return functional.run(spec, input, hx, weights)
-        return super().forward(input, hx)
+        return functional.call(self._spec(), input, hx, self._weights(), otherwise=super().forward)
 
     def _spec(self) -> Spec:
         return Spec(
@@ -80,17 +75,13 @@ class _Cells(torch.nn.RNNCellBase):
         Raises:
             ValueError, RuntimeError: with torch's words; TypeError when the LSTM's ``hx`` is no pair.
         """
-        spec, weights = self._spec(), self._weights()
-        functional.check_cell_state(spec, hx)
-        if functional.obstacle(spec, input, hx, weights, single_step=True) is None:
-            return functional.run_cell(spec, input, hx, weights)
-        return super().forward(input, hx)
+        return functional.call(self._spec(), input, hx, self._weights(), otherwise=super().forward)
 
     def _kind(self) -> str:
         raise NotImplementedError
 
     def _spec(self) -> Spec:
-        return Spec(self._kind(), self.input_size, self.hidden_size, bias=self.bias)
+        return Spec(self._kind(), self.input_size, self.hidden_size, bias=self.bias, single_step=True)
 
     def _weights(self) -> list[Tensor]:
         weights = [self.weight_ih, self.weight_hh]
@@ -132,17 +123,14 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
     """Tells, without running it, whether ``module(input, hx)`` runs on our kernels or on torch's operators, and why.
 
     Args:
-        module: a recurrent module, ours or torch's
+        module: a recurrent module, ours or torch's; parametrized weights are computed, as a call would
 
     Raises:
         TypeError: ``module`` is no recurrent module.
+        ValueError: the ``batch_sizes`` of packed input do not describe its data.
     """
     if isinstance(module, (_Layers, _Cells)):
-        if isinstance(input, PackedSequence):
-            functional.check_packed(input)
-        reason = functional.obstacle(
-            module._spec(), input, hx, module._weights(), single_step=isinstance(module, _Cells)
-        )
+        reason = functional.obstacle(module._spec(), input, hx, module._weights())
         return Explanation("fused", "served by pyrnnfast._cpu") if reason is None else Explanation("torch", reason)
     if isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         return Explanation("torch", f"{type(module).__name__} is torch's own; pyrnnfast.replace(model) swaps it")

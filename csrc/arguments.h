@@ -1,0 +1,34 @@
+// The arguments of a Python call, taken apart by hand: positional or by name, as declared.
+//
+// pybind11 would do it, but the text of its TypeError prints every argument, and torch crashes printing a tensor whose
+// storage has been freed. Here no argument is ever printed; errors name its type.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+namespace pyrnnfast {
+
+class Arguments {
+ public:
+  // Throws py::type_error unless every name is given exactly once and nothing else is.
+  Arguments(const std::string& function, const std::vector<const char*>& names, const pybind11::args& args,
+            const pybind11::kwargs& kwargs);
+
+  pybind11::handle operator[](size_t index) const { return values_[index]; }
+
+  // These throw py::type_error for another type, and integer() py::value_error beyond 64 bits.
+  std::string text(size_t index) const;
+  int64_t integer(size_t index) const;
+  bool flag(size_t index) const;
+
+ private:
+  [[noreturn]] void wrong_type(size_t index, const char* expected) const;
+
+  const std::vector<const char*>& names_;
+  std::vector<pybind11::handle> values_;
+};
+
+}  // namespace pyrnnfast

@@ -1,0 +1,290 @@
+"""What runs on our kernels, what is left to torch, and that ``explain`` says so."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CELLS, SMALL, TABLE, Case, gradients
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+import pyrnnfast
+from pyrnnfast import _cpu, functional
+
+_OPERATORS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+OPERATORS = (*_OPERATORS, *(f"{name}_cell" for name in _OPERATORS))
+
+
+@pytest.fixture
+def without_torch_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's recurrent operators, of dense and packed input alike, raise."""
+
+    def removed(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a recurrent operator of torch was called")
+
+    for place in (torch._VF, torch.nn.modules.rnn._VF, torch):
+        for name in OPERATORS:
+            monkeypatch.setattr(place, name, removed)
+    for name in torch.nn.modules.rnn._rnn_impls:
+        monkeypatch.setitem(torch.nn.modules.rnn._rnn_impls, name, removed)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_the_fixture_removes_what_torch_uses(case: Case, without_torch_operators: None) -> None:
+    with pytest.raises(AssertionError, match="operator of torch was called"):
+        case.run(case.module(torch.nn), *case.operands())
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_kernels_serve_everything(case: Case, dtype: torch.dtype, without_torch_operators: None) -> None:
+    module = case.module(pyrnnfast, dtype)
+    x, states = case.operands(dtype)
+    assert pyrnnfast.explain(module, case.packed(x), case.hx(states)).path == "fused"
+    outputs = case.run(module, x, states)
+    assert gradients(module, x, states, outputs)
+    with torch.no_grad():
+        case.run(module, x, states)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_kernels_serve_the_functional_form(case: Case, without_torch_operators: None) -> None:
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+    weights, options = list(module.parameters()), {}
+    name = case.cell.split("_")[0] + ("_cell" if case.single_step else "")
+    if case.cell.startswith("rnn_"):
+        options["nonlinearity"] = case.cell[4:]
+    if not case.single_step:
+        options |= {
+            "num_layers": case.layers,
+            "bias": case.bias,
+            "batch_first": case.batch_first,
+            "bidirectional": case.bidirectional,
+        }
+    found = getattr(functional, name)(case.packed(x), case.hx(states), weights, **options)
+    expected = module(case.packed(x), case.hx(states))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def count_kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    for name in ("forward", "backward"):
+        real = getattr(_cpu, name)
+
+        def counted(*args: Any, real: Callable[..., None] = real, name: str = name) -> None:
+            calls.append(name)
+            real(*args)
+
+        monkeypatch.setattr(_cpu, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_kernel_call_for_each_direction_and_pass(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(cell, layers=2, bidirectional=True)
+    calls = count_kernel_calls(monkeypatch)
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+    outputs = case.run(module, x, states)
+    assert calls == ["forward"] * 4
+    gradients(module, x, states, outputs)
+    assert calls == ["forward"] * 4 + ["backward"] * 4
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_inference_keeps_nothing_for_backward(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    operands = ("xgates", "weight_hh", "bias_hn", "hgates", "h0", "c0", "y", "h_n", "c_n", "saved", "cells")
+    names = ("cell", *operands, "batch_sizes", "reverse", "threads")
+    real = _cpu.forward
+
+    def spied(*args: Any) -> None:
+        seen.append(dict(zip(names, args, strict=True)))
+        real(*args)
+
+    monkeypatch.setattr(_cpu, "forward", spied)
+    case = Case(cell)
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+    case.run(module, x, states)
+    keeps = seen.pop()
+    assert (keeps["saved"] is not None) == (cell in ("gru", "lstm"))
+    assert (keeps["cells"] is not None) == (cell == "lstm")
+    frozen = case.module(pyrnnfast).requires_grad_(False)
+    with torch.no_grad():
+        case.run(module, x, states)
+    with torch.inference_mode():
+        case.run(module, x, states)
+    case.run(frozen, x.detach(), tuple(s.detach() for s in states))
+    assert len(seen) == 3
+    for inference in seen:
+        assert inference["saved"] is None
+        assert inference["cells"] is None
+        assert inference["xgates"].untyped_storage().nbytes() == inference["xgates"].nbytes
+
+
+# What is left to torch --------------------------------------------------------------------------------------------
+
+
+def explained(module: torch.nn.Module, x: Any, hx: Any = None) -> str:
+    explanation = pyrnnfast.explain(module, x, hx)
+    assert explanation.path == "torch", explanation
+    assert str(explanation) == f"torch: {explanation.reason}"
+    return explanation.reason
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_other_dtypes_are_left_to_torch(cell: str, dtype: torch.dtype) -> None:
+    for case in (Case(cell), Case(cell, lengths=(3, 1)), Case(cell, single_step=True)):
+        ours, theirs = case.module(pyrnnfast, dtype), case.module(torch.nn, dtype)
+        x, states = case.operands(dtype)
+        assert str(dtype) in explained(ours, case.packed(x), case.hx(states))
+        with torch.no_grad():
+            for our, their in zip(
+                case.run(ours, x, states).values(), case.run(theirs, x, states).values(), strict=True
+            ):
+                assert our.dtype is dtype
+                assert torch.equal(our, their)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_meta_tensors_are_left_to_torch(cell: str) -> None:
+    case = Case(cell)
+    module = case.module(pyrnnfast).to("meta")
+    x = torch.empty(3, 2, 3, device="meta")
+    assert "meta" in explained(module, x)
+    y, _ = module(x)
+    assert y.device.type == "meta"
+    assert y.shape == (3, 2, 5)
+
+
+def test_projections_are_left_to_torch() -> None:
+    ours, theirs = [], []
+    for library, into in ((pyrnnfast, ours), (torch.nn, theirs)):
+        torch.manual_seed(0)
+        module = library.LSTM(3, 5, proj_size=2, num_layers=2, bidirectional=True)
+        x = torch.ones(4, 2, 3)
+        y, (h_n, c_n) = module(x)
+        into += [y, h_n, c_n]
+    assert "proj_size" in explained(pyrnnfast.LSTM(3, 5, proj_size=2), torch.ones(4, 2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+def test_autocast_is_left_to_torch(cell: str, single_step: bool) -> None:
+    case = Case(cell, single_step=single_step)
+    x, states = case.operands()
+    results = []
+    for library in (pyrnnfast, torch.nn):
+        module = case.module(library)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            if library is pyrnnfast:
+                assert "autocast" in explained(module, x, case.hx(states))
+            results.append(case.run(module, x, states))
+    for name, their in results[1].items():
+        assert results[0][name].dtype is their.dtype
+        assert torch.equal(results[0][name], their)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracing_records_the_operators_of_torch(cell: str, single_step: bool) -> None:
+    case = Case(cell, single_step=single_step)
+    module = case.module(pyrnnfast)
+    x, _ = case.operands()
+    reasons = []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            reasons.append(explained(self.inner, x) if torch.jit.is_tracing() else "")
+            out = self.inner(x)
+            return out if isinstance(out, Tensor) else out[0]
+
+    wrapper = Wrapper()
+    traced = torch.jit.trace(wrapper, x.detach(), check_trace=False)
+    assert any("torch.jit" in reason for reason in reasons)
+    if not single_step:  # of a cell torch records the operators that it is made of
+        assert f"aten::{cell}(" in str(traced.inlined_graph)
+    longer = case.operands(seed=5)[0].detach()
+    torch.testing.assert_close(traced(longer), wrapper(longer))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_function_transforms_get_the_numbers_of_torch(cell: str) -> None:
+    case = Case(cell, hidden=4)
+    x, _ = case.operands(torch.float64)
+    x = x.detach()
+    results = []
+    for library in (pyrnnfast, torch.nn):
+        module = case.module(library, torch.float64)
+
+        def loss(
+            parameters: dict[str, Tensor], x: Tensor, module: torch.nn.Module = module, library: Any = library
+        ) -> Tensor:
+            if library is pyrnnfast:
+                assert "torch.func" in explained(module, x)
+            return torch.func.functional_call(module, parameters, (x,))[0].pow(2).sum()
+
+        results.append(torch.func.grad(loss)(dict(module.named_parameters()), x))
+    for name, their in results[1].items():
+        torch.testing.assert_close(results[0][name], their, rtol=1e-12, atol=1e-13)
+
+
+def test_stock_modules_are_explained_as_stock() -> None:
+    assert "replace" in explained(torch.nn.LSTM(3, 4), torch.ones(2, 2, 3))
+    assert "replace" in explained(torch.nn.GRUCell(3, 4), torch.ones(2, 3))
+    with pytest.raises(TypeError, match="Linear"):
+        pyrnnfast.explain(torch.nn.Linear(3, 4), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("x", "hx", "word"),
+    [
+        (torch.ones(2, 2, 2, 3), None, "4 dimensions"),
+        (torch.ones(3), None, "1 dimensions"),
+        (torch.ones(2, 2, 5), None, "5 features"),
+        (torch.ones(2, 2, 3, dtype=torch.float64), None, "float64"),
+        (torch.ones(2, 2, 3, dtype=torch.int64), None, "int64"),
+        (torch.ones(0, 2, 3), None, "empty"),
+        (torch.ones(2, 0, 3), None, "empty"),
+        (torch.ones(2, 2, 3), torch.ones(1, 3, 4), "[1, 3, 4]"),
+        (torch.ones(2, 2, 3), torch.ones(2, 4), "[2, 4]"),
+        (torch.ones(2, 2, 3), torch.ones(1, 2, 4, dtype=torch.float64), "float64"),
+        (torch.ones(2, 2, 3), (torch.ones(1, 2, 4),), "tuple"),
+        (torch.ones(2, 2, 3).to_sparse(), None, "sparse"),
+        ([[1.0]], None, "list"),
+        (None, None, "NoneType"),
+    ],
+    ids=lambda p: "",
+)
+def test_bad_input_is_explained(x: Any, hx: Any, word: str) -> None:
+    assert word in explained(pyrnnfast.GRU(3, 4), x, hx)
+
+
+def test_subclasses_of_tensor_are_left_to_torch() -> None:
+    class Marked(Tensor):
+        pass
+
+    module = pyrnnfast.GRU(3, 4)
+    x = torch.ones(2, 2, 3)
+    marked = x.as_subclass(Marked)
+    assert "Marked" in explained(module, marked)
+    y, _ = module(marked)
+    torch.testing.assert_close(y.as_subclass(Tensor), module(x)[0])
+
+
+def test_packed_input_is_explained() -> None:
+    packed = PackedSequence(torch.ones(3, 3), torch.tensor([2, 1]))
+    assert pyrnnfast.explain(pyrnnfast.GRU(3, 4), packed).path == "fused"
+    assert "4 features" in explained(pyrnnfast.GRU(3, 4), PackedSequence(torch.ones(3, 4), torch.tensor([2, 1])))
+    with pytest.raises(ValueError, match="batch_sizes must not increase"):
+        pyrnnfast.explain(pyrnnfast.GRU(3, 4), PackedSequence(torch.ones(3, 3), torch.tensor([1, 2])))
