@@ -45,7 +45,7 @@ class DemoSettings:
     dropout: float = 0.0
     threads: int | None = None
     resume: bool = False
-    compared_batches: int = 40
+    compared_batches: int = 200
 
 
 class DevHistory(Callback):
@@ -251,7 +251,7 @@ class Demo:
         return result
 
     def _report(self, comparison: Comparison) -> None:
-        self._say("\ntraining throughput, the same batches from the same weights, turn by turn (medians):")
+        self._say("\ntraining throughput, the same batches from the same weights, turn by turn:")
         self._say(f"  our layers    {comparison.words_per_second:8,.0f} words/s")
         self._say(f"  torch.nn's    {comparison.words_per_second_torch:8,.0f} words/s")
         faster = "faster" if comparison.speedup >= 1 else "slower"
