@@ -42,6 +42,8 @@ void pack_forward(const Matrix& weight, int gates, int64_t hidden, const Block& 
         const int64_t unit = block.unit + lane;
         if (unit < hidden) {
           const T* from = static_cast<const T*>(weight.data) + (gate * hidden + unit) * weight.stride;
+          // So many rows are open at once that the processor's own prefetching gives up.
+          __builtin_prefetch(from + k1);
           for (int64_t k = k0; k < k1; ++k) to[k * row] = from[k];
         } else {
           for (int64_t k = k0; k < k1; ++k) to[k * row] = T(0);
