@@ -309,7 +309,7 @@ def test_comparison_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(throughput, "restore", spoil)
     assert not throughput.compare(build(), batches, TrainingSettings()).agree
-    assert not throughput.Comparison(1, 1, 1, [], float("nan")).agree
+    assert not throughput.Comparison(1, 1, [], float("nan")).agree
 
 
 # Vanishing and exploding gradients
