@@ -13,10 +13,6 @@ class Pair(NamedTuple):
     torch_ms: float
     rounds: int
 
-    @property
-    def speedup(self) -> float:
-        return self.torch_ms / self.ours_ms
-
 
 def _milliseconds(fn: Callable[[], object]) -> float:
     begin = time.perf_counter()

@@ -16,6 +16,9 @@ class Arguments {
   // Throws py::type_error unless every name is given exactly once and nothing else is.
   Arguments(const std::string& function, const std::vector<const char*>& names, const pybind11::args& args,
             const pybind11::kwargs& kwargs);
+  // The names must outlive this.
+  Arguments(const std::string& function, std::vector<const char*>&& names, const pybind11::args& args,
+            const pybind11::kwargs& kwargs) = delete;
 
   pybind11::handle operator[](size_t index) const { return values_[index]; }
 

@@ -1,8 +1,9 @@
 // Every rule that a call must meet; see check.h.
 #include "check.h"
 
-#include <cstdlib>
 #include <stdexcept>
+
+#include "cells.h"
 
 namespace pyrnnfast {
 namespace {
@@ -21,20 +22,23 @@ CellKind parse_cell(const std::string& name) {
   fail("cell must be 'rnn_tanh', 'rnn_relu', 'gru' or 'lstm', got '" + name + "'");
 }
 
-// Columns of each operand in units of H; 0: the cell has no such operand. As in cells.h.
+// Columns of each operand in units of H; 0 or false: the cell has no such operand.
 struct Widths {
   int64_t gates, saved, dgates;
   bool cell, bias_hn, carry;
 };
 
-Widths widths_of(CellKind cell) {
+template <class Cell>
+constexpr Widths widths{Cell::gates, Cell::saved, Cell::dgates, Cell::has_cell, Cell::has_bias_hn, Cell::has_carry};
+
+const Widths& widths_of(CellKind cell) {
   switch (cell) {
     case CellKind::lstm:
-      return {4, 4, 4, true, false, true};
+      return widths<Lstm>;
     case CellKind::gru:
-      return {3, 4, 4, false, true, true};
+      return widths<Gru>;
     default:
-      return {1, 0, 1, false, false, false};
+      return widths<Rnn<false>>;
   }
 }
 
@@ -87,7 +91,7 @@ class Door {
   }
 
   const CellKind kind;
-  const Widths widths;
+  const Widths& widths;
 
  private:
   ElementType type_;

@@ -7,7 +7,8 @@ forward pass, ``dx``, ``dW_ih``, ``dW_hh`` and ``db`` after the backward one. So
 Notation as in :mod:`pyrnnfast.reference`; rows are time-major.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +30,7 @@ class Cell(NamedTuple):
     inner_bias: bool
 
 
-def _columns(begin: int, end: int) -> slice:
-    return slice(begin, end)
-
-
-_RNN = Cell(1, 0, 1, ((_columns(0, 1), _columns(0, 1)),), has_cell=False, inner_bias=False)
+_RNN = Cell(1, 0, 1, ((slice(0, 1), slice(0, 1)),), has_cell=False, inner_bias=False)
 CELLS = {
     "rnn_tanh": _RNN,
     "rnn_relu": _RNN,
@@ -41,11 +38,11 @@ CELLS = {
         3,
         4,
         4,
-        ((_columns(0, 2), _columns(0, 2)), (_columns(2, 3), _columns(3, 4))),
+        ((slice(0, 2), slice(0, 2)), (slice(2, 3), slice(3, 4))),
         has_cell=False,
         inner_bias=True,
     ),
-    "lstm": Cell(4, 4, 4, ((_columns(0, 4), _columns(0, 4)),), has_cell=True, inner_bias=False),
+    "lstm": Cell(4, 4, 4, ((slice(0, 4), slice(0, 4)),), has_cell=True, inner_bias=False),
 }
 
 
@@ -70,9 +67,11 @@ def _scaled(columns: slice, hidden: int) -> slice:
 
 def _rows(matrix: Tensor | None) -> Tensor | None:
     """The matrix with contiguous, non-overlapping rows, as the kernels want them."""
-    if matrix is None or (matrix.stride(-1) == 1 and matrix.stride(0) >= matrix.shape[-1]):
-        return matrix
-    return matrix.contiguous()
+    if matrix is None:
+        return None
+    if matrix.is_neg():  # a lazy sign, which only torch knows of; gradients may have it
+        matrix = matrix.resolve_neg()
+    return matrix if matrix.stride(-1) == 1 and matrix.stride(0) >= matrix.shape[-1] else matrix.contiguous()
 
 
 def _biases(cell: Cell, bias_ih: Tensor | None, bias_hh: Tensor | None, hidden: int) -> tuple[Tensor | None, ...]:
@@ -344,6 +343,19 @@ def _backward_direction(
     )
 
 
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward whose products keep their dtype where it runs inside an autocast region; the forward ran outside."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return backward(ctx, *grads)
+        with torch.autocast("cpu", enabled=False):
+            return backward(ctx, *grads)
+
+    return run
+
+
 class _Layer(torch.autograd.Function):
     """y, h_n[, c_n] = layer(call, x, h0, c0, *weights)"""
 
@@ -354,13 +366,15 @@ class _Layer(torch.autograd.Function):
         y, h_n, c_n, kept = forward(call, x, h0, c0, weights, keep=True)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, *weights, y, *(t for saved in kept for t in saved))
+        ctx.save_for_backward(call.batch_sizes, x, h0, c0, *weights, y, *(t for saved in kept for t in saved))
         return (y, h_n) if c_n is None else (y, h_n, c_n)
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
-        x, h0, c0, *rest = ctx.saved_tensors  # once: checkpointing lets them be unpacked only once
+        # Once: checkpointing lets them be unpacked only once.
+        batch_sizes, x, h0, c0, *rest = ctx.saved_tensors
+        call: Call = ctx.call._replace(batch_sizes=batch_sizes)
         directions = (len(rest) - 1) // 6
         weights, y, kept = rest[: 4 * directions], rest[4 * directions], rest[4 * directions + 1 :]
         if all(g is None for g in grads):
@@ -418,10 +432,12 @@ class _Step(torch.autograd.Function):
         h, c, saved = forward_step(call, x, h0, c0, weights, keep=True)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, *weights, h, *saved)
+        # Only the vanilla RNN's backward looks at h; who else changes theirs in place may.
+        ctx.save_for_backward(x, h0, c0, *weights, h if saved.gates is None else None, *saved)
         return h if c is None else (h, c)
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None = None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         x, h0, c0, *weights, h, gates, cells = ctx.saved_tensors
@@ -433,6 +449,8 @@ class _Step(torch.autograd.Function):
             finals = lead[3:] if CELLS[call.cell].has_cell else lead[3:4]
             grads = _differentiable_backward(call, needs, (*lead[:3], *weights), (None, *finals))
             return (None, *(None if g is None else g.squeeze(0) for g in grads[1:4]), *grads[4:])
+        if h is None:
+            h = gates[:, : gates.shape[1] // CELLS[call.cell].saved]  # for its size
         part = _backward_direction(
             call, False, needs[2:], x, h, h0, c0, weights, Saved(gates, cells), (None, grad_h, grad_c)
         )

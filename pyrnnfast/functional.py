@@ -48,18 +48,23 @@ class Spec(NamedTuple):
         return 4 if self.bias else 2
 
 
-def _context_obstacle() -> str | None:
-    """Why not, from the state of torch: transforms that must see torch's own operators."""
+def _recording_obstacle() -> str | None:
+    """Why not, from the state of torch: what must see torch's own operators, over tensors that may have no values."""
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a torch dispatch mode is active"
+    return None
+
+
+def _mode_obstacle() -> str | None:
+    """Why not, from the state of torch: modes with other rules for dtypes and derivatives."""
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     return None
@@ -113,12 +118,15 @@ def obstacle(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Se
     Raises:
         ValueError: the ``batch_sizes`` of packed input do not describe its data. Not left to torch, which may crash.
     """
+    reason = _recording_obstacle()
+    if reason is not None:
+        return reason
     packed = isinstance(input, PackedSequence) and not spec.single_step
     if packed:
         _cpu.check_batch_sizes(input.batch_sizes, input.data.shape[0])  # type: ignore[union-attr]
     if spec.cell not in autograd.CELLS:
         return f"there is no kernel for the cell {spec.cell!r}"
-    reason = _context_obstacle() or (
+    reason = _mode_obstacle() or (
         "a projection (proj_size) is left to torch" if spec.proj_size else _weights_obstacle(spec, weights)
     )
     if reason is not None:
@@ -134,7 +142,7 @@ def obstacle(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Se
         if data.dim() != 2:
             return f"packed data has {data.dim()} dimensions"
         order = input.sorted_indices  # type: ignore[union-attr]
-        if order is not None and len(order) != int(input.batch_sizes[0]):  # type: ignore[union-attr]
+        if order is not None and order.shape != (int(input.batch_sizes[0]),):  # type: ignore[union-attr]
             return "sorted_indices do not fit the batch"
     elif data.dim() not in (time_dimensions + 1, time_dimensions + 2):
         return f"the input has {data.dim()} dimensions"
@@ -178,7 +186,7 @@ def _guard(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> None:
         TypeError: an LSTM cell's ``hx`` is no pair.
         RuntimeError: a packed LSTM's ``hx`` is not three-dimensional; an LSTM's weights do not fit its sizes.
     """
-    if spec.cell != "lstm":
+    if spec.cell != "lstm" or _recording_obstacle() is not None:
         return
     pair = isinstance(hx, (tuple, list)) and len(hx) == 2
     if spec.single_step:

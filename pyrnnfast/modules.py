@@ -24,6 +24,9 @@ class _Layers(torch.nn.RNNBase):
             input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, or a ``PackedSequence``
             hx: [num_layers·D, B, H] (without B when unbatched), a pair of them for the LSTM; None: zeros
 
+        An output of which the gradient is wanted must not be changed in place, as with most of torch's operators: the
+        gradient of ``weight_hh`` is made of it. (torch's GRU and RNN allow it, its LSTM does not.)
+
         Raises:
             ValueError, RuntimeError: with torch's words; ours where torch would crash or read beyond its memory: for a
                 ``PackedSequence`` whose ``batch_sizes`` do not describe its data, and for an LSTM whose packed ``hx``

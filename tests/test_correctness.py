@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import pyrnnfast
-from pyrnnfast import reference
+from pyrnnfast import autograd, reference
 
 Results = dict[str, Tensor]
 
@@ -179,6 +179,21 @@ def test_inference_gives_the_bits_of_training(case: Case) -> None:
         assert torch.equal(t, without[name])
         assert torch.equal(t, inference[name])
         assert inference[name].is_inference()
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_inference_in_stretches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input product one step at a time: the same numbers to rounding, whatever the shape of torch's product."""
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        whole = case.run(module, x, states)
+        monkeypatch.setattr(autograd, "_WORKSPACE_BYTES", 1)
+        torch.manual_seed(3)
+        stretched = case.run(module, x, states)
+    for name, value in whole.items():
+        torch.testing.assert_close(stretched[name], value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cell", CELLS)

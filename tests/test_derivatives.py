@@ -1,11 +1,13 @@
 """First and second derivatives by finite differences, and gradients of gradients against torch.nn's."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from cases import CELLS, SMALL, Case
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import pyrnnfast
 
@@ -126,3 +128,79 @@ def test_forward_mode_is_right_or_raises(cell: str) -> None:
     assert tangent is not None
     ahead, behind = (case.run(module, x + h * step, states)["y"] for h in (1e-6, -1e-6))
     assert torch.allclose(tangent, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+# What torch may do to a gradient, or around one
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_backward_inside_autocast(name: str) -> None:
+    """The forward ran outside, in float32: so does the backward, to the bit."""
+    torch.manual_seed(0)
+    layer = getattr(pyrnnfast, name)(3, 5, bidirectional=True)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    plain = torch.autograd.grad(layer(x)[0].sum(), [x, *layer.parameters()])
+    loss = layer(x)[0].sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(loss, [x, *layer.parameters()])
+    for a, b in zip(plain, inside, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_cell_backward_inside_autocast(name: str) -> None:
+    torch.manual_seed(0)
+    cell = getattr(pyrnnfast, name)(3, 5)
+    x, h = torch.randn(2, 3, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        state = cell(x, (h, h) if name == "LSTMCell" else h)
+        return (state[0] if name == "LSTMCell" else state).sum()
+
+    plain = torch.autograd.grad(loss(), [x, h])
+    outside = loss()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(outside, [x, h])
+    for a, b in zip(plain, inside, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_lazily_negated_gradient(name: str, size: int) -> None:
+    """torch.complex(...).conj() gives its second part the gradient as a view that is negated when it is read."""
+    torch.manual_seed(0)
+    results = []
+    stock = getattr(torch.nn, name)(3, size)
+    for cell in (stock, pyrnnfast.replace(copy.deepcopy(stock))):
+        x = torch.ones(size, 3, requires_grad=True)
+        y = cell(x)
+        y = y[0] if isinstance(y, tuple) else y
+        (torch.complex(torch.zeros_like(y), y).conj() * (1 + 2j)).real.sum().backward()
+        results.append(x.grad)
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("name", ["GRUCell", "LSTMCell"])
+def test_a_state_may_be_changed_in_place(name: str) -> None:
+    """As with torch's own cells: backward does not look at it."""
+    torch.manual_seed(0)
+    stock = getattr(torch.nn, name)(3, 4)
+    x = torch.randn(2, 3)
+    gradients_of = []
+    for cell in (stock, pyrnnfast.replace(copy.deepcopy(stock))):
+        state = cell(x)
+        h = state[0] if isinstance(state, tuple) else state
+        torch.nn.functional.relu(h, inplace=True).sum().backward()
+        gradients_of.append([p.grad for p in cell.parameters()])
+    for a, b in zip(*gradients_of, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_changed_batch_sizes_are_noticed() -> None:
+    packed = pack_padded_sequence(torch.randn(4, 3, 3), torch.tensor([4, 4, 1]))
+    layer = pyrnnfast.LSTM(3, 5)
+    loss = layer(packed)[0].data.sum()
+    packed.batch_sizes[:] = torch.tensor([3, 3, 2, 1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

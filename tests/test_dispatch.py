@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import CELLS, SMALL, TABLE, Case, gradients
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import pyrnnfast
 from pyrnnfast import _cpu, functional
@@ -288,3 +288,29 @@ def test_packed_input_is_explained() -> None:
     assert "4 features" in explained(pyrnnfast.GRU(3, 4), PackedSequence(torch.ones(3, 4), torch.tensor([2, 1])))
     with pytest.raises(ValueError, match="batch_sizes must not increase"):
         pyrnnfast.explain(pyrnnfast.GRU(3, 4), PackedSequence(torch.ones(3, 3), torch.tensor([1, 2])))
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_tracing_packed_input(name: str) -> None:
+    """Recorded with torch's operators, so the trace holds for other lengths."""
+    torch.manual_seed(0)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = getattr(pyrnnfast, name)(3, 4)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            output: Tensor = self.layer(pack_padded_sequence(x, lengths))[0].data
+            return output
+
+    model = Model()
+    traced = torch.jit.trace(model, (torch.randn(5, 3, 3), torch.tensor([5, 4, 2])), check_trace=False)
+    x, lengths = torch.randn(7, 2, 3), torch.tensor([7, 1])
+    torch.testing.assert_close(traced(x, lengths), model(x, lengths))
+
+
+def test_sorted_indices_without_dimension() -> None:
+    packed = pack_padded_sequence(torch.randn(4, 1, 3), torch.tensor([4]))
+    broken = PackedSequence(packed.data, packed.batch_sizes, torch.tensor(0), torch.tensor(0))
+    assert pyrnnfast.explain(pyrnnfast.GRU(3, 4), broken).path == "torch"

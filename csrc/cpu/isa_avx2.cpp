@@ -2,5 +2,6 @@
 #include "recurrence.h"
 
 namespace pyrnnfast {
-const InstructionSet kAvx2 = instruction_set<32>("avx2");
+// constexpr: no code of this file runs at import.
+constexpr InstructionSet kAvx2 = instruction_set<32>("avx2");
 }  // namespace pyrnnfast

@@ -2,5 +2,6 @@
 #include "recurrence.h"
 
 namespace pyrnnfast {
-const InstructionSet kAvx512 = instruction_set<64>("avx512");
+// constexpr: no code of this file runs at import.
+constexpr InstructionSet kAvx512 = instruction_set<64>("avx512");
 }  // namespace pyrnnfast

@@ -2,5 +2,6 @@
 #include "recurrence.h"
 
 namespace pyrnnfast {
-const InstructionSet kGeneric = instruction_set<16>("generic");
+// constexpr: no code of this file runs at import.
+constexpr InstructionSet kGeneric = instruction_set<16>("generic");
 }  // namespace pyrnnfast

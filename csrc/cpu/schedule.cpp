@@ -15,10 +15,10 @@ namespace {
 
 // Below this many operations a call takes about as long as waking a team does (some 2 µs, more after a pause).
 constexpr double kSerialOperations = 4e6;
+// What finishing one unit of one row costs, beside its product, in operations of the product.
+constexpr double kTailOperations = 100;
 // With fewer rows than this a thread, tiles are too low to be efficient and threads share the units instead.
 constexpr int64_t kRowsPerThread = 4;
-
-constexpr int gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
 
 struct AlignedDelete {
   void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t(64)); }
@@ -38,6 +38,7 @@ int64_t work(const Problem& p, int64_t rows) {
 
 // The first row of group g when the rows are cut into `groups` of equal work.
 int64_t row_bound(const Problem& p, int64_t g, int64_t groups) {
+  if (g == 0) return 0;
   const int64_t total = p.offsets[p.steps];
   if (total == p.steps * p.batch || g == groups) return p.batch * g / groups;
   int64_t low = 0, high = p.batch;
@@ -84,8 +85,11 @@ struct Job {
 
 template <class P>
 void run_kernel(const P& p, const Kernel<P>& kernel, int threads) {
-  const double operations = 2.0 * gates_of(p.cell) * static_cast<double>(p.offsets[p.steps]) *
-                            static_cast<double>(p.hidden) * static_cast<double>(p.hidden);
+  const auto rows = static_cast<double>(p.offsets[p.steps]);
+  const int64_t element = p.dtype == Dtype::float64 ? 8 : 4;
+  const double operations =
+      2.0 * (rows - static_cast<double>(p.batch)) * static_cast<double>(kernel.packed_bytes(p) / element) +
+      kTailOperations * rows * static_cast<double>(p.hidden);
   if (operations < kSerialOperations) threads = 1;
   // The first step's product comes from the caller; without a second one the weights are not needed.
   const Scratch packed = p.steps > 1 ? allocate(kernel.packed_bytes(p)) : nullptr;

@@ -37,7 +37,6 @@ struct Simd {
   typedef T Unaligned __attribute__((vector_size(Bytes), aligned(alignof(T)), may_alias));
 
   static constexpr int lanes = Bytes / static_cast<int>(sizeof(T));
-  static constexpr int bytes = Bytes;
   static constexpr bool is_double = sizeof(T) == 8;
   // Vector registers: AVX-512 has 32, the others 16.
   static constexpr int registers = Bytes == 64 ? 32 : 16;
