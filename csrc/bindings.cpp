@@ -24,6 +24,9 @@ struct TensorArgument {
 
 constexpr TensorArgument<ForwardOperands> kForwardTensors[] = {
     {"xgates", &ForwardOperands::xgates},
+    {"x", &ForwardOperands::x},
+    {"weight_ih", &ForwardOperands::weight_ih},
+    {"bias", &ForwardOperands::bias},
     {"weight_hh", &ForwardOperands::weight_hh},
     {"bias_hn", &ForwardOperands::bias_hn},
     {"hgates", &ForwardOperands::hgates},

@@ -76,7 +76,7 @@ class Door {
       require(need != Need::always, name + " is missing");
       return {};
     }
-    require(need != Need::never, name + " does not apply to this cell");
+    require(need != Need::never, name + " does not apply to this cell or call");
     require_on_cpu(o, name);
     require(o.type == type_, name + " must have the dtype of the other tensors");
     const bool vector = o.dimensions == 1 && rows == 1;
@@ -178,10 +178,13 @@ int check_threads(int64_t threads) {
 }
 
 Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& o, bool reverse) {
-  const Door door(cell, o.xgates, "xgates");
-  require_rows(o.xgates, "xgates");
+  require(o.xgates.present != o.x.present, "either xgates or x must be given");
+  const Operand& input = o.xgates.present ? o.xgates : o.x;
+  const std::string input_name = o.xgates.present ? "xgates" : "x";
+  const Door door(cell, input, input_name);
+  require_rows(input, input_name);
   require_rows(o.h_n, "h_n");
-  const int64_t N = o.xgates.shape[0], B = o.h_n.shape[0], H = o.h_n.shape[1];
+  const int64_t N = input.shape[0], B = o.h_n.shape[0], H = o.h_n.shape[1];
   require_hidden(H);
   const Widths& w = door.widths;
   // Before anything is allocated for so many rows: they exist.
@@ -189,7 +192,14 @@ Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& o
   Checked<Forward> call{offsets_of(o.batch_sizes, N, B), {}};
   Forward& p = call.problem;
   fill_sizes(call, door, B, H, reverse);
-  p.xgates = door.matrix(o.xgates, "xgates", N, w.gates * H, Need::always);
+  p.xgates = door.matrix(o.xgates, "xgates", N, w.gates * H, when(!o.x.present));
+  if (o.x.present) {
+    p.inputs = o.x.shape[1];
+    require(p.inputs > 0, "x must have at least one feature");
+  }
+  p.x = door.matrix(o.x, "x", N, p.inputs, when(o.x.present));
+  p.weight_ih = door.matrix(o.weight_ih, "weight_ih", w.gates * H, p.inputs, when(o.x.present));
+  p.bias = door.matrix(o.bias, "bias", 1, w.gates * H, when(o.x.present, Need::optional));
   p.weight_hh = door.matrix(o.weight_hh, "weight_hh", w.gates * H, H, p.steps > 1 ? Need::always : Need::optional);
   p.bias_hn = door.matrix(o.bias_hn, "bias_hn", 1, H, when(w.bias_hn, Need::optional));
   p.hgates = door.matrix(o.hgates, "hgates", B, w.gates * H, Need::optional);

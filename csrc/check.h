@@ -23,7 +23,7 @@ struct Operand {
 
 // Named as in Forward and Backward (problem.h). `batch_sizes` absent: dense.
 struct ForwardOperands {
-  Operand xgates, weight_hh, bias_hn, hgates, h0, c0, y, h_n, c_n, saved, cells, batch_sizes;
+  Operand xgates, x, weight_ih, bias, weight_hh, bias_hn, hgates, h0, c0, y, h_n, c_n, saved, cells, batch_sizes;
 };
 struct BackwardOperands {
   Operand y, saved, cells, weight_hh, h0, c0, grad_y, grad_h_n, grad_c_n, dgates, carry, batch_sizes;

@@ -34,7 +34,14 @@ struct Problem {
 };
 
 // The forward pass. Every output is written whole; `saved` and `cells` are absent when no gradient is wanted.
+//
+// The input's half of the gates comes ready, as `xgates`, or the kernel makes it, from `x`, `weight_ih` and `bias`.
 struct Forward : Problem {
+  int64_t inputs = 0;  // I; 0: xgates is given
+  Matrix x;            // [N, I]
+  Matrix weight_ih;    // [G·H, I]
+  Matrix bias;         // [1, G·H], absent: zeros
+
   Matrix xgates;   // [N, G·H], x W_ihᵀ + b
   Matrix bias_hn;  // [1, H], GRU: the bias inside r ⊙ (W_hn h + b_hn); absent: zeros
   Matrix hgates;   // [B, G·H], h0 W_hhᵀ; absent: zeros

@@ -2,7 +2,10 @@ from torch import Tensor
 
 def forward(
     cell: str,
-    xgates: Tensor,
+    xgates: Tensor | None,
+    x: Tensor | None,
+    weight_ih: Tensor | None,
+    bias: Tensor | None,
     weight_hh: Tensor | None,
     bias_hn: Tensor | None,
     hgates: Tensor | None,

@@ -1,8 +1,8 @@
 """One recurrent layer, in one or both directions, as a differentiable function: written once for all cells.
 
-Around the kernels of ``_cpu`` stand torch's matrix products over all steps at once: ``xgates = x W_ihᵀ + b`` before the
-forward pass, ``dx``, ``dW_ih``, ``dW_hh`` and ``db`` after the backward one. So does the product of the initial state,
-``h0 W_hhᵀ``; the kernels do all products that have to wait for a step before them.
+The kernels of ``_cpu`` do the products that have to wait for a step before them and, for all but small batches, the
+input's, ``x W_ihᵀ + b``, along the way. Around them stand torch's products over all steps at once: that one otherwise,
+``dx``, ``dW_ih``, ``dW_hh`` and ``db`` after the backward pass, and the product of the initial state, ``h0 W_hhᵀ``.
 
 Notation as in :mod:`pyrnnfast.reference`; rows are time-major.
 """
@@ -102,9 +102,40 @@ def _forward_direction(
     y, h_n, c_n = out
     rows, hidden = y.shape
     bias, bias_hn = _biases(cell, bias_ih, bias_hh, hidden)
+    cells = x.new_empty(rows, hidden) if keep and cell.has_cell else None
+
+    def recur(
+        inputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+        y: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        gates: Tensor | None,
+    ) -> None:
+        """inputs: xgates, or else x, weight_ih and bias; gates: where to save them."""
+        _cpu.forward(
+            call.cell,
+            *inputs,
+            _rows(weight_hh),
+            bias_hn,
+            None if h0 is None else torch.mm(h0, weight_hh.t()),
+            _rows(h0),
+            _rows(c0),
+            y,
+            h_n,
+            c_n,
+            gates,
+            cells,
+            call.batch_sizes,
+            reverse,
+            torch.get_num_threads(),
+        )
+
+    if rows > call.batch >= _FUSED_INPUT_BATCH and _cpu.instruction_set() != "generic":
+        gates = x.new_empty(rows, cell.saved * hidden) if keep and cell.saved else None
+        recur((None, _rows(x), _rows(weight_ih), bias), y, h_first, c_first, gates)
+        return Saved(gates, cells)
     # The kernel overwrites xgates with what it saves, so they get the room of both: [N, max(gates, saved)·H].
     width = max(cell.gates, cell.saved if keep else 0) * hidden
-    cells = x.new_empty(rows, hidden) if keep and cell.has_cell else None
     stretch = rows if keep or call.batch_sizes is not None else _stretch(rows, call.batch, width * x.element_size())
     workspace = x.new_empty(stretch, width)
     gates = workspace if keep and cell.saved else None
@@ -118,26 +149,14 @@ def _forward_direction(
             torch.mm(x_part, weight_ih.t(), out=xgates)
         else:
             torch.addmm(bias, x_part, weight_ih.t(), out=xgates)
-        _cpu.forward(
-            call.cell,
-            xgates,
-            _rows(weight_hh),
-            bias_hn,
-            None if h_first is None else torch.mm(h_first, weight_hh.t()),
-            _rows(h_first),
-            _rows(c_first),
-            y_part,
-            h_n,
-            c_n,
-            gates,
-            cells,
-            call.batch_sizes,
-            reverse,
-            torch.get_num_threads(),
-        )
+        recur((xgates, None, None, None), y_part, h_first, c_first, gates)
         h_first, c_first = h_n, c_n
     return Saved(gates, cells)
 
+
+# From this batch size on the kernel applies the input product as well: its tile is as fast as torch's product then, and
+# xgates need not be written and read again. With fewer rows, reading W_ih at every step would cost more.
+_FUSED_INPUT_BATCH = 8
 
 # Inference needs xgates of all steps at once for no reason but speed. Memory of some megabytes is taken from the heap
 # again and again; beyond 32 MB glibc asks the system each time, whose fresh pages cost more than the whole recurrence.

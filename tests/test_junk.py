@@ -38,8 +38,12 @@ def valid(function: str, cell: str, packed: bool, dtype: torch.dtype = torch.flo
     common: Arguments = {"cell": cell}
     tail: Arguments = {"batch_sizes": torch.tensor(sizes) if packed else None, "reverse": packed, "threads": 1}
     if function == "forward":
+        # Dense input comes as gates, packed input as it is.
         return common | {
-            "xgates": tensor(rows, gates * H),
+            "xgates": None if packed else tensor(rows, gates * H),
+            "x": tensor(rows, 3) if packed else None,
+            "weight_ih": tensor(gates * H, 3) if packed else None,
+            "bias": tensor(1, gates * H) if packed else None,
             "weight_hh": tensor(gates * H, H),
             "bias_hn": tensor(1, H) if gru else None,
             "hgates": tensor(B, gates * H),
@@ -68,7 +72,7 @@ def valid(function: str, cell: str, packed: bool, dtype: torch.dtype = torch.flo
 
 
 # Operands that the kernels can do without.
-OPTIONAL = {"bias_hn", "hgates", "h0", "c0", "saved", "cells", "grad_y", "grad_h_n", "grad_c_n", "batch_sizes"}
+OPTIONAL = {"bias", "bias_hn", "hgates", "h0", "c0", "saved", "cells", "grad_y", "grad_h_n", "grad_c_n", "batch_sizes"}
 EVERY = [(f, c, p) for f in ("forward", "backward") for c in CELLS for p in (False, True)]
 
 

@@ -50,8 +50,13 @@ SIZES = (
 )
 
 
-def run_kernels(cell: str, size: Size, reverse: bool, threads: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Forward and backward straight on ``_cpu``, with fixed operands; every output of both."""
+def run_kernels(
+    cell: str, size: Size, reverse: bool, threads: int, dtype: torch.dtype, from_x: bool = False
+) -> dict[str, Tensor]:
+    """Forward and backward straight on ``_cpu``, with fixed operands; every output of both.
+
+    from_x: the kernel makes the input's half of the gates itself.
+    """
     widths = WIDTHS[cell]
     generator = torch.Generator().manual_seed(7)
     B, N, H = size.batch_sizes[0], size.rows, size.hidden
@@ -63,7 +68,11 @@ def run_kernels(cell: str, size: Size, reverse: bool, threads: int, dtype: torch
         return torch.full((rows, columns), float("nan"), dtype=dtype)
 
     batch_sizes = torch.tensor(size.batch_sizes) if size.packed else None
-    xgates, weight_hh = random(N, widths.gates * H), random(widths.gates * H, H, H**-0.5)
+    weight_hh = random(widths.gates * H, H, H**-0.5)
+    if from_x:
+        inputs = None, random(N, 37), random(widths.gates * H, 37), random(1, widths.gates * H)
+    else:
+        inputs = random(N, widths.gates * H), None, None, None
     h0, c0 = random(B, H), random(B, H) if widths.has_cell else None
     bias_hn = random(1, H) if widths.inner_bias else None
     results = {"y": out(N, H), "h_n": out(B, H), "dgates": out(N, widths.dgates * H)}
@@ -74,7 +83,7 @@ def run_kernels(cell: str, size: Size, reverse: bool, threads: int, dtype: torch
         results["carry"] = out(B, H)
     get = results.get
     _cpu.forward(
-        cell, xgates, weight_hh, bias_hn, h0 @ weight_hh.t(), h0, c0,
+        cell, *inputs, weight_hh, bias_hn, h0 @ weight_hh.t(), h0, c0,
         results["y"], results["h_n"], get("c_n"), get("saved"), get("cells"), batch_sizes, reverse, threads,
     )  # fmt: skip
     grad_c_n = random(B, H) if widths.has_cell else None
@@ -91,11 +100,16 @@ def test_bits_do_not_depend_on_threads(cell: str, size: Size, instruction_set: s
     """More threads than cores among them; then the same again, which must not depend on what ran before."""
     widths = WIDTHS[cell]
     assert 2 * widths.gates * size.rows * size.hidden**2 >= 4e6, "too small to be shared"
-    for dtype, reverse in ((torch.float32, False), (torch.float64, True)):
-        one = run_kernels(cell, size, reverse, 1, dtype)
+    for dtype, reverse, from_x in (
+        (torch.float32, False, False),
+        (torch.float64, True, False),
+        (torch.float32, True, True),
+        (torch.float64, False, True),
+    ):
+        one = run_kernels(cell, size, reverse, 1, dtype, from_x)
         assert all(t.isfinite().all() for t in one.values())
         for threads in (2, 3, 4, 1):
-            for name, t in run_kernels(cell, size, reverse, threads, dtype).items():
+            for name, t in run_kernels(cell, size, reverse, threads, dtype, from_x).items():
                 assert torch.equal(t, one[name]), f"{name} with {threads} threads"
 
 
@@ -234,11 +248,12 @@ def test_the_interpreter_is_free_during_a_call() -> None:
     def long_call() -> None:
         widths = WIDTHS["lstm"]
         N, H = size.rows, size.hidden
-        operands = torch.randn(N, widths.gates * H), torch.randn(widths.gates * H, H) / 16
+        xgates, weight_hh = torch.randn(N, widths.gates * H), torch.randn(widths.gates * H, H) / 16
         y, h_n, c_n = torch.empty(N, H), torch.empty(16, H), torch.empty(16, H)
         inside.set()
         times["begin"] = time.perf_counter()
-        real_forward("lstm", *operands, None, None, None, None, y, h_n, c_n, None, None, None, False, 1)
+        inputs = xgates, None, None, None
+        real_forward("lstm", *inputs, weight_hh, None, None, None, None, y, h_n, c_n, None, None, None, False, 1)
         times["end"] = time.perf_counter()
 
     thread = threading.Thread(target=long_call)

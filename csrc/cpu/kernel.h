@@ -18,7 +18,7 @@ struct Share {
 template <class P>
 struct Kernel {
   int64_t (*blocks)(const P&);                                // of hidden units
-  int64_t (*packed_bytes)(const P&);                          // of the packed weights
+  int64_t (*packed_bytes)(const P&);                          // of the packed weights; 0: none are needed
   void (*pack)(const P&, void* packed, int64_t block);        // the weights of one block
   void (*sweep)(const P&, const void* packed, const Share&);  // all time steps
 };

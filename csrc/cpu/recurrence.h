@@ -56,6 +56,15 @@ struct Place {
   int64_t ending;
 };
 
+// Of one row and one vector of units: the recurrent product and, where the kernel makes it, the input's. Gates stand
+// `gate_stride` apart.
+template <class T>
+struct RowProducts {
+  const T* recurrent;
+  const T* input;
+  int gate_stride;
+};
+
 template <class Cell, class S_>
 struct ForwardPass {
   using S = S_;
@@ -67,7 +76,14 @@ struct ForwardPass {
   static constexpr int segments = 1;
   static constexpr Segment segment[1] = {{0, 1}};
   static constexpr int64_t depth(int64_t hidden) { return hidden; }
-  static constexpr auto pack = pack_forward<S>;
+  static constexpr bool has_input = true;
+  static int64_t inputs(const Forward& p) { return p.inputs; }
+
+  static void pack(const Forward& p, const Block& block, T* panel) {
+    if (p.inputs > 0) pack_forward<S>(p.weight_ih, gates, p.hidden, p.inputs, block, panel);
+    panel += p.inputs * gates * block.vectors * S::lanes;
+    if (p.weight_hh.data != nullptr) pack_forward<S>(p.weight_hh, gates, p.hidden, p.hidden, block, panel);
+  }
 
   static bool descending(const Forward& p) { return p.reverse; }
   static const Matrix& operand(const Forward& p) { return p.y; }
@@ -80,15 +96,17 @@ struct ForwardPass {
 
   // One row of one vector of units. `before` is where the row's previous h stands, or −1.
   template <bool Whole>
-  static void finish(const Forward& p, const Lanes<S, Whole>& lanes, const T* product, int gate_stride,
-                     const Place& place, int64_t row, int64_t unit, int64_t before) {
+  static void finish(const Forward& p, const Lanes<S, Whole>& lanes, const RowProducts<T>& product, const Place& place,
+                     int64_t row, int64_t unit, int64_t before) {
     const int64_t flat = p.offsets[place.t] + row;
     const int64_t H = p.hidden;
     StepForward<V> s;
 #pragma GCC unroll 4
     for (int g = 0; g < gates; ++g) {
-      s.x[g] = lanes.load(at<const T>(p.xgates, flat, g * H + unit));
-      s.a[g] = S::load(product + g * gate_stride);
+      s.x[g] = product.input == nullptr
+                   ? lanes.load(at<const T>(p.xgates, flat, g * H + unit))
+                   : S::load(product.input + g * product.gate_stride) + lanes.load_or_zero(p.bias, 0, g * H + unit);
+      s.a[g] = S::load(product.recurrent + g * product.gate_stride);
     }
     if constexpr (Cell::has_bias_hn) s.bias_hn = lanes.load_or_zero(p.bias_hn, 0, unit);
     if constexpr (Cell::forward_reads_h_prev) {
@@ -122,9 +140,11 @@ struct BackwardPass {
   static constexpr int segments = Cell::segments;
   static constexpr auto& segment = Cell::segment;
   static constexpr int64_t depth(int64_t hidden) { return Cell::gates * hidden; }
+  static constexpr bool has_input = false;
+  static int64_t inputs(const Backward&) { return 0; }
 
-  static void pack(const Matrix& weight, int, int64_t hidden, const Block& block, T* panel) {
-    pack_backward<S>(weight, Cell::gates, hidden, block, panel);
+  static void pack(const Backward& p, const Block& block, T* panel) {
+    pack_backward<S>(p.weight_hh, Cell::gates, p.hidden, block, panel);
   }
 
   static bool descending(const Backward& p) { return !p.reverse; }
@@ -141,7 +161,7 @@ struct BackwardPass {
 
   // `before` is unused here: the state before the step is the one before it in the forward pass.
   template <bool Whole>
-  static void finish(const Backward& p, const Lanes<S, Whole>& lanes, const T* product, int, const Place& place,
+  static void finish(const Backward& p, const Lanes<S, Whole>& lanes, const RowProducts<T>& product, const Place& place,
                      int64_t row, int64_t unit, int64_t) {
     const int64_t t = place.t;
     const int64_t flat = p.offsets[t] + row;
@@ -149,7 +169,7 @@ struct BackwardPass {
     const int64_t t_prev = p.reverse ? t + 1 : t - 1;
     const bool has_prev = row < active_rows(p, t_prev);
     StepBackward<V> s;
-    s.dh = S::load(product) + lanes.load_or_zero(p.grad_y, flat, unit);
+    s.dh = S::load(product.recurrent) + lanes.load_or_zero(p.grad_y, flat, unit);
 #pragma GCC unroll 4
     for (int g = 0; g < Cell::saved; ++g) s.saved[g] = lanes.load(at<const T>(p.saved, flat, g * H + unit));
     if constexpr (Cell::backward_reads_h) s.h = lanes.load(at<const T>(p.y, flat, unit));
@@ -187,16 +207,18 @@ struct Sweep {
   static int64_t blocks(const Params& p) { return ceil_div(p.hidden, unit_vectors * S::lanes); }
 
   static int64_t panel_elements(const Params& p) {
-    return Pass::depth(p.hidden) * Pass::gates * unit_vectors * S::lanes;
+    return (Pass::inputs(p) + Pass::depth(p.hidden)) * Pass::gates * unit_vectors * S::lanes;
   }
 
+  // The first step's recurrent product comes from the caller: without a second one no weights are needed for it.
   static int64_t packed_bytes(const Params& p) {
+    if (p.steps == 1 && Pass::inputs(p) == 0) return 0;
     return blocks(p) * panel_elements(p) * static_cast<int64_t>(sizeof(T));
   }
 
   static void pack(const Params& p, void* packed, int64_t index) {
     const Block block = unit_block<S>(p.hidden, unit_vectors, index);
-    Pass::pack(p.weight_hh, Pass::gates, p.hidden, block, static_cast<T*>(packed) + index * panel_elements(p));
+    Pass::pack(p, block, static_cast<T*>(packed) + index * panel_elements(p));
   }
 
   static void sweep(const Params& p, const void* packed, const Share& share) {
@@ -229,6 +251,7 @@ struct Sweep {
  private:
   static void one_tile(const Params& p, const Place& place, int64_t t_before, const Block& block, const T* panel) {
     alignas(64) T tile[Products<S>::max_rows * kMaxVectors * S::lanes];
+    alignas(64) T input_tile[Products<S>::max_rows * kMaxVectors * S::lanes];
     const int width = block.vectors * S::lanes;  // of one gate
     const int64_t flat = p.offsets[place.t] + place.row;
     for (int m = 0; m < place.rows; ++m) {
@@ -236,9 +259,14 @@ struct Sweep {
         Pass::prefetch_row(p, flat + m, place.row + m, block.unit + v * S::lanes);
       }
     }
+    const auto product = Products<S>::find(p.batch, Pass::gates * block.vectors, place.rows);
+    const int64_t inputs = Pass::inputs(p);
+    if constexpr (Pass::has_input) {
+      if (inputs > 0) product(at<const T>(p.x, flat, 0), p.x.stride, panel, inputs, input_tile, false);
+      panel += inputs * Pass::gates * width;
+    }
     if (place.continues) {
       const Matrix& operand = Pass::operand(p);
-      const auto product = Products<S>::find(p.batch, Pass::gates * block.vectors, place.rows);
       const T* rows = at<const T>(operand, p.offsets[t_before] + place.row, 0);
       for (int i = 0; i < Pass::segments; ++i) {
         const int64_t length = Pass::segments == 1 ? Pass::depth(p.hidden) : Pass::segment[i].length * p.hidden;
@@ -251,21 +279,25 @@ struct Sweep {
     for (int v = 0; v < block.vectors; ++v) {
       const int64_t unit = block.unit + v * S::lanes;
       const int64_t present = p.hidden - unit;
+      const RowProducts<T> products{tile + v * S::lanes, inputs > 0 ? input_tile + v * S::lanes : nullptr, width};
       if (present >= S::lanes) {
-        finish_rows(p, Lanes<S, true>{S::lanes}, place, t_before, tile + v * S::lanes, width, unit);
+        finish_rows(p, Lanes<S, true>{S::lanes}, place, t_before, products, unit);
       } else {
-        finish_rows(p, Lanes<S, false>{static_cast<int>(present)}, place, t_before, tile + v * S::lanes, width, unit);
+        finish_rows(p, Lanes<S, false>{static_cast<int>(present)}, place, t_before, products, unit);
       }
     }
   }
 
   template <class L>
-  static void finish_rows(const Params& p, const L& lanes, const Place& place, int64_t t_before, const T* tile,
-                          int width, int64_t unit) {
+  static void finish_rows(const Params& p, const L& lanes, const Place& place, int64_t t_before,
+                          RowProducts<T> products, int64_t unit) {
+    const int row_stride = Pass::gates * products.gate_stride;
     for (int m = 0; m < place.rows; ++m) {
       const int64_t row = place.row + m;
       const int64_t before = place.continues ? p.offsets[t_before] + row : -1;
-      Pass::finish(p, lanes, tile + m * Pass::gates * width, width, place, row, unit, before);
+      Pass::finish(p, lanes, products, place, row, unit, before);
+      products.recurrent += row_stride;
+      if (products.input != nullptr) products.input += row_stride;
     }
   }
 

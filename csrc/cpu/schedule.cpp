@@ -86,13 +86,12 @@ struct Job {
 template <class P>
 void run_kernel(const P& p, const Kernel<P>& kernel, int threads) {
   const auto rows = static_cast<double>(p.offsets[p.steps]);
+  const int64_t packed_bytes = kernel.packed_bytes(p);
   const int64_t element = p.dtype == Dtype::float64 ? 8 : 4;
   const double operations =
-      2.0 * (rows - static_cast<double>(p.batch)) * static_cast<double>(kernel.packed_bytes(p) / element) +
-      kTailOperations * rows * static_cast<double>(p.hidden);
+      rows * (2.0 * static_cast<double>(packed_bytes / element) + kTailOperations * static_cast<double>(p.hidden));
   if (operations < kSerialOperations) threads = 1;
-  // The first step's product comes from the caller; without a second one the weights are not needed.
-  const Scratch packed = p.steps > 1 ? allocate(kernel.packed_bytes(p)) : nullptr;
+  const Scratch packed = packed_bytes > 0 ? allocate(packed_bytes) : nullptr;
   Job<P> job{p, kernel, packed.get(), kernel.blocks(p), std::vector<Barrier>(static_cast<size_t>(threads)), {}};
   parallel(threads, Job<P>::body, &job);
 }

@@ -1,7 +1,8 @@
 // Recurrent weights packed into panels: for one block of units, everything that the register tile multiplies with, in
 // the order in which it is read.
 //
-//   forward   panel[k][gate][unit] = W_hh[gate·H + unit, k]      k = 0 … H − 1
+//   forward   panel[k][gate][unit] = W_hh[gate·H + unit, k]      k = 0 … H − 1, after W_ih likewise where the
+//                                                                kernel applies the input product too
 //   backward  panel[k][unit]       = W_hh[k, unit]               k = 0 … G·H − 1
 //
 // The units of the last block that do not exist are zeros.
@@ -28,14 +29,15 @@ Block unit_block(int64_t hidden, int widest, int64_t index) {
 }
 
 template <class S>
-void pack_forward(const Matrix& weight, int gates, int64_t hidden, const Block& block, typename S::Scalar* panel) {
+void pack_forward(const Matrix& weight, int gates, int64_t hidden, int64_t depth, const Block& block,
+                  typename S::Scalar* panel) {
   using T = typename S::Scalar;
   const int width = block.vectors * S::lanes;
   const int64_t row = int64_t{gates} * width;  // elements of one k
   // In stretches of k short enough for the lines written to stay in the first cache while all rows pass.
   constexpr int64_t stretch = 16;
-  for (int64_t k0 = 0; k0 < hidden; k0 += stretch) {
-    const int64_t k1 = k0 + stretch < hidden ? k0 + stretch : hidden;
+  for (int64_t k0 = 0; k0 < depth; k0 += stretch) {
+    const int64_t k1 = k0 + stretch < depth ? k0 + stretch : depth;
     for (int gate = 0; gate < gates; ++gate) {
       for (int lane = 0; lane < width; ++lane) {
         T* to = panel + gate * width + lane;
