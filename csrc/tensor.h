@@ -1,5 +1,5 @@
 // Reads a torch tensor through DLPack's C exchange table, which torch.Tensor carries as `__dlpack_c_exchange_api__`:
-// no libtorch, no copy, no reference taken. The lazy negation bit does not show there: autograd.py resolves it. The
+// no libtorch, no copy, no reference taken. The lazy negation bit does not show there: passes.py resolves it. The
 // declarations are the binary interface of DLPack 1.2 or later.
 #pragma once
 

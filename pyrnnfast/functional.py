@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cpu, autograd
+from . import _cpu, autograd, passes
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
 """``h0``, or ``(h0, c0)`` for the LSTM, each [layers·D, B, H], or [layers·D, H] unbatched; None: zeros."""
@@ -102,7 +102,7 @@ def _shapes_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
     per_direction, directions = spec.per_direction, spec.directions
     if len(weights) != spec.num_layers * directions * per_direction:
         return f"{spec.num_layers * directions * per_direction} weights are expected, got {len(weights)}"
-    rows = autograd.CELLS[spec.cell].gates * spec.hidden_size
+    rows = passes.CELLS[spec.cell].gates * spec.hidden_size
     for k, weight in enumerate(weights):
         kind, layer = k % per_direction, k // (per_direction * directions)
         inputs = spec.input_size if layer == 0 else spec.hidden_size * directions
@@ -124,7 +124,7 @@ def obstacle(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Se
     packed = isinstance(input, PackedSequence) and not spec.single_step
     if packed:
         _cpu.check_batch_sizes(input.batch_sizes, input.data.shape[0])  # type: ignore[union-attr]
-    if spec.cell not in autograd.CELLS:
+    if spec.cell not in passes.CELLS:
         return f"there is no kernel for the cell {spec.cell!r}"
     reason = _mode_obstacle() or (
         "a projection (proj_size) is left to torch" if spec.proj_size else _weights_obstacle(spec, weights)
@@ -220,7 +220,7 @@ def _run(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequen
     if isinstance(input, PackedSequence):
         x, batch_sizes = input.data, input.batch_sizes
         batch = int(batch_sizes[0])
-        call = autograd.Call(spec.cell, batch, batch_sizes)
+        call = passes.Call(spec.cell, batch, batch_sizes)
         data, states = _run_layers(spec, call, x, _permuted(hx, input.sorted_indices), weights)
         packed = PackedSequence(data, batch_sizes, input.sorted_indices, input.unsorted_indices)
         return packed, _permuted(states, input.unsorted_indices)
@@ -232,7 +232,7 @@ def _run(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequen
         assert isinstance(output, Tensor)
         return output.squeeze(1), _map(states, Tensor.squeeze, 1)
     x = input.transpose(0, 1) if spec.batch_first else input
-    output, states = _run_layers(spec, autograd.Call(spec.cell, x.shape[1], None), x, hx, weights)
+    output, states = _run_layers(spec, passes.Call(spec.cell, x.shape[1], None), x, hx, weights)
     return output.transpose(0, 1) if spec.batch_first else output, states
 
 
@@ -249,7 +249,7 @@ def _permuted(states: Any, indices: Tensor | None) -> Any:
 
 
 def _run_layers(
-    spec: Spec, call: autograd.Call, x: Tensor, hx: Hidden, weights: Sequence[Tensor]
+    spec: Spec, call: passes.Call, x: Tensor, hx: Hidden, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """Args: x: [T, B, I], or [N, I] when packed; hx: [layers·D, B, H] each."""
     h0, c0 = (hx, None) if hx is None or isinstance(hx, Tensor) else hx
@@ -279,7 +279,7 @@ def _run_step(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor]) 
         states = _run_step(spec, input.unsqueeze(0), _map(hx, Tensor.unsqueeze, 0), weights)
         return _map(states, Tensor.squeeze, 0)  # type: ignore[no-any-return]
     h0, c0 = hx if isinstance(hx, (tuple, list)) else (hx, None)
-    call = autograd.Call(spec.cell, input.shape[0], None)
+    call = passes.Call(spec.cell, input.shape[0], None)
     return autograd.step(call, input, h0, c0, weights if spec.bias else (*weights, None, None))
 
 

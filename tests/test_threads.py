@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pyrnnfast
 from pyrnnfast import _cpu
-from pyrnnfast.autograd import CELLS as WIDTHS
+from pyrnnfast.passes import CELLS as WIDTHS
 
 
 @dataclass(frozen=True)
