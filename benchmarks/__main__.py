@@ -1,144 +1,201 @@
 """Our layers against torch.nn's, from the same weights: ``python -m benchmarks [--cell lstm] [--out NAME] …``
 
-Each row is verified before it is timed (same outputs, same gradients, `fused` by ``explain``), and rows that lose are
-printed like the rest. With ``--out`` the rows also go to ``benchmarks/results/NAME.json``.
+Each row is verified before it is timed (same outputs, same gradients, `fused` by ``explain``, or the run fails). It is
+shown beside torch's time, and beside the least that the machine could take (`limits`); what it misses is printed behind
+it. With ``--out`` all of it goes to ``benchmarks/results/NAME.json``, for `benchmarks.table` and `benchmarks.plot`.
 """
 
 import argparse
-import copy
-import datetime
-import json
-import math
-import platform
+import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
+from torch import Tensor
 
-import pyrnnfast
 from pyrnnfast import _cpu
 
-from .timing import compare
+from . import record, rows, targets
+from .limits import limit
+from .machine import Machine
+from .record import Entry
+from .rows import Row, Step
+from .timing import Times, Watch, thread_count, turn_by_turn, undisturbed
 
-SHAPES = [
-    # T, B, I, H
-    (1, 1, 128, 128),
-    (100, 1, 128, 128),
-    (100, 1, 512, 512),
-    (100, 16, 128, 128),
-    (100, 32, 256, 256),
-    (100, 64, 512, 512),
-    (50, 64, 1024, 1024),
-    (1000, 1, 256, 256),
-    (1000, 8, 64, 64),
-    (500, 128, 64, 64),
-]
-CELLS = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}
-MODES = ("inference", "training")
-RESULTS = Path(__file__).parent / "results"
-
-
-def _steps(module: torch.nn.Module, x: torch.Tensor, mode: str) -> Callable[[], list[torch.Tensor]]:
-    """One call of ``module``: outputs, or a training step's outputs and gradients (of parameters and input)."""
-
-    def inference() -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [module(x)[0]]
-
-    leaf = x.clone().requires_grad_()
-
-    def training() -> list[torch.Tensor]:
-        y = module(leaf)[0]
-        return [y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], torch.ones_like(y))]
-
-    return inference if mode == "inference" else training
-
-
-def _verify(row: str, ours: list[torch.Tensor], stock: list[torch.Tensor]) -> None:
-    for a, b in zip(ours, stock, strict=True):
-        error = (a - b).abs().max().item() / max(1.0, b.abs().max().item())
-        if not error < 1e-3:
-            raise SystemExit(f"{row}: ours and torch differ by {error:.1e}; nothing timed")
-
-
-def run_row(cell: str, mode: str, shape: tuple[int, int, int, int], threads: int, seconds: float) -> dict[str, object]:
-    T, B, I, H = shape
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    stock = CELLS[cell](I, H)
-    ours = pyrnnfast.replace(copy.deepcopy(stock))
-    x = torch.randn(T, B, I)
-    path = pyrnnfast.explain(ours, x)
-    if path.path != "fused":
-        raise SystemExit(f"{cell} {shape}: not fused but {path}")
-    ours_step, stock_step = _steps(ours, x, mode), _steps(stock, x, mode)
-    _verify(f"{cell} {mode} {shape}", ours_step(), stock_step())
-    pair = compare(ours_step, stock_step, seconds)
-    return {
-        "cell": cell,
-        "mode": mode,
-        "shape": list(shape),
-        "threads": threads,
-        "dtype": "float32",
-        "path": path.path,
-        "ours_ms": round(pair.ours_ms, 4),
-        "torch_ms": round(pair.torch_ms, 4),
-        "rounds": pair.rounds,
+# What holds both sides to an older instruction set: the kernels, and torch's own, oneDNN's and MKL's.
+HELD_TO = {
+    "avx2": {
+        "PYRNNFAST_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     }
+}
+
+# Units in the last place, of the largest value. In float32 they add up over steps and sums, which the two sides do in
+# different orders; in bfloat16 torch rounds every intermediate result of every step, and we do not.
+TOLERANCE = {"float32": 2**10 * torch.finfo(torch.float32).eps, "bfloat16": 2**4 * torch.finfo(torch.bfloat16).eps}
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
+def verify(row: Row, sides: Mapping[str, Step]) -> float:
+    """The largest difference between ours and torch's, relative to the largest value; exits if it is no rounding."""
+    worst = 0.0
+    true = sides["torch"]()
+    for name in ("ours", "torch_cell", "ours_float32"):
+        for found, expected in zip(sides[name]() if name in sides else (), true, strict=name == "ours"):
+            difference = _difference(found, expected)
+            if not difference <= TOLERANCE[row.dtype]:  # nor NaN
+                raise SystemExit(f"{row}: {name} and torch differ by {difference:.1e}; nothing timed")
+            worst = max(worst, difference)
+    return worst
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    expected = expected.float()
+    error = (found.float().view_as(expected) - expected).abs().max().item()
+    # Not NaN where both are 0 everywhere, as a gradient of W_hh after a single step.
+    return error / max(expected.abs().max().item(), 1e-30)
+
+
+def run_row(row: Row, run: int, machine: Machine, watch: Watch, seconds: float, least: int) -> Entry:
+    limit_ms = limit(row, machine) * 1e3
+    with thread_count(row.threads), torch.set_grad_enabled(row.mode == "training"):
+        try:
+            sides = rows.sides(row)
+        except rows.NotFused as reason:
+            raise SystemExit(f"{row}: {reason}") from reason
+        error = verify(row, sides)
+        times, disturbed = undisturbed(lambda: turn_by_turn(sides, seconds, least), row.threads, watch)
+    return _entry(row, run, times, limit_ms, error, disturbed)
+
+
+def _entry(row: Row, run: int, times: Times, limit_ms: float, error: float, disturbed: bool) -> Entry:
+    ms = {name: round(value * 1e3, 5) for name, value in times.medians.items()}
+    entry: Entry = Entry(
+        **(asdict(row) | {"shape": list(row.shape)}),  # type: ignore[typeddict-item]
+        run=run,
+        path="fused",
+        ours_ms=ms["ours"],
+        torch_ms=ms["torch"],
+        limit_ms=round(limit_ms, 5),
+        error=error,
+        rounds=times.rounds,
+        disturbed=disturbed,
+    )
+    if "torch_cell" in ms:
+        entry["torch_cell_ms"] = ms["torch_cell"]
+    if "ours_float32" in ms:
+        entry["ours_float32_ms"] = ms["ours_float32"]
+    batches = rows.dense_batches(row)
+    if batches:
+        # Each is the time of T steps of that batch.
+        total = sum(steps * ms[f"dense_{batch}"] for batch, steps in batches.items())
+        entry["dense_ms"] = round(total / row.shape[0], 5)
+    return entry
+
+
+_HEAD = (
+    f"{'kind':10}{'cell':5}{'mode':10}{'T,B,I,H':>17}{'threads':>8}"
+    f"{'torch ms':>11}{'ours ms':>11}{'limit ms':>11}{'× torch':>9}{'× limit':>9}"
+)
+
+
+def _line(e: Entry) -> str:
+    sizes = ",".join(map(str, e["shape"]))
+    text = (
+        f"{e['kind']:10}{e['cell']:5}{e['mode']:10}{sizes:>17}{e['threads']:8}"
+        f"{e['torch_ms']:11.4g}{e['ours_ms']:11.4g}{e['limit_ms']:11.4g}"
+        f"{targets.ratio(e):9.2f}{targets.distance(e):9.2f}"
+    )
+    notes = [] if e["dtype"] == "float32" else [f"{e['dtype']}, our float32 {e['ours_float32_ms']:.4g} ms"]
+    notes += [str(aim) for aim in targets.aims(e) if not aim.met]
+    notes += ["disturbed"] if e["disturbed"] else []
+    return text + "  " * bool(notes) + "; ".join(notes)
+
+
+def _shape(text: str) -> rows.Shape:
+    try:
+        steps, batch, inputs, hidden = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected T,B,I,H, got {text!r}") from None
+    if min(steps, batch, inputs, hidden) < 1:
+        raise argparse.ArgumentTypeError(f"expected four positive sizes, got {text!r}")
+    return steps, batch, inputs, hidden
+
+
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """Options that choose rows, each of which may be given several times."""
+    parser.add_argument("--cell", choices=rows.CELLS, action="append", help="default: all")
+    parser.add_argument("--shape", type=_shape, action="append", help="T,B,I,H instead of the table's")
+    parser.add_argument("--dtype", choices=rows.DTYPES, action="append", help="default: float32")
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    add_filters(parser)
+    parser.add_argument("--kind", choices=rows.KINDS, action="append", help="default: all; with --shape: layer")
+    parser.add_argument("--mode", choices=rows.MODES, action="append", help="default: both")
+    parser.add_argument("--threads", type=int, action="append", help="default: 1 and all")
+    parser.add_argument("--seconds", type=float, help="of each row in each run; default: 0.75")
+    parser.add_argument("--runs", type=int, help="times over all rows, of which the better one counts; default: 2")
+    parser.add_argument("--quick", action="store_true", help="one short run, for a first look")
+    parser.add_argument("--isa", choices=HELD_TO, help="hold both sides to this instruction set")
+    parser.add_argument("--out", help="write benchmarks/results/NAME.json")
+    options = parser.parse_args(arguments)
+    options.seconds = options.seconds or (0.15 if options.quick else 0.75)
+    options.runs = options.runs or (1 if options.quick else 2)
+    options.least = 3 if options.quick else 5
+    options.threads = options.threads or sorted({1, torch.get_num_threads()})
+    options.cell, options.mode = options.cell or list(rows.CELLS), options.mode or rows.MODES
+    options.dtype = options.dtype or ["float32"]
+    options.kind = options.kind or (["layer"] if options.shape else rows.KINDS)
+    return options
+
+
+def _hold_to(isa: str, arguments: list[str]) -> None:
+    """Starts again with the environment that holds both sides to it, as they read it when they are imported."""
+    wanted = HELD_TO[isa]
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        command = [sys.executable, "-m", "benchmarks", *arguments]
+        os.execve(sys.executable, command, os.environ | wanted)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--cell", choices=CELLS, action="append", help="default: all")
-    parser.add_argument("--mode", choices=MODES, action="append", help="default: both")
-    parser.add_argument("--threads", type=int, action="append", help="default: 1 and all")
-    parser.add_argument("--shape", action="append", help="T,B,I,H; default: the ten of the table")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each row")
-    parser.add_argument("--out", help="write benchmarks/results/NAME.json")
-    options = parser.parse_args(arguments)
-    shapes = [tuple(map(int, s.split(","))) for s in options.shape] if options.shape else SHAPES
-    threads = options.threads or sorted({1, torch.get_num_threads()})
-
-    print(f"{_processor()}, torch {torch.__version__}, instruction set {_cpu.instruction_set()}")
-    print(f"{'cell':5}{'mode':11}{'T,B,I,H':>20}{'threads':>9}{'torch ms':>11}{'ours ms':>11}{'torch/ours':>12}")
-    rows: list[dict[str, object]] = []
-    logs: dict[tuple[str, str], list[float]] = {}
-    for cell in options.cell or CELLS:
-        for mode in options.mode or MODES:
-            for shape in shapes:
-                for n in threads:
-                    row = run_row(cell, mode, shape, n, options.seconds)  # type: ignore[arg-type]
-                    rows.append(row)
-                    ratio = row["torch_ms"] / row["ours_ms"]  # type: ignore[operator]
-                    logs.setdefault((cell, mode), []).append(math.log(ratio))
-                    text = ",".join(map(str, shape))
-                    print(
-                        f"{cell:5}{mode:11}{text:>20}{n:9}{row['torch_ms']:11.3f}{row['ours_ms']:11.3f}{ratio:12.2f}"
-                        f"{'   behind torch' if ratio < 1 else ''}",
-                        flush=True,
-                    )
-    for (cell, mode), values in logs.items():
-        print(f"geometric mean, {cell} {mode}: {math.exp(sum(values) / len(values)):.2f}")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _options(arguments)
+    if options.isa:
+        _hold_to(options.isa, arguments)
+    try:
+        chosen = list(
+            rows.table(options.kind, options.cell, options.mode, options.shape, options.threads, options.dtype)
+        )
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    print(f"{record.processor()}, torch {torch.__version__}, instruction set {_cpu.instruction_set()}")
+    machine, watches = Machine(), {n: Watch(n) for n in options.threads}
+    for n, dtype in sorted({(row.threads, row.dtype) for row in chosen}):
+        print(f"peak of matrix products, {dtype}, {n} thread(s): {machine.peak(n, dtype) / 1e9:.0f} GFLOP/s")
+    entries: list[Entry] = []
+    for run in range(1, options.runs + 1):
+        print(f"run {run} of {options.runs}\n{_HEAD}", flush=True)
+        for row in chosen:
+            entries.append(run_row(row, run, machine, watches[row.threads], options.seconds, options.least))
+            print(_line(entries[-1]), flush=True)
+    print(*targets.summary(entries), sep="\n")
+    for name in machine.disturbed:
+        print(f"disturbed by other programs, so that limits may be too high: {name}")
     if options.out:
-        RESULTS.mkdir(exist_ok=True)
-        record = {
-            "machine": _processor(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pyrnnfast": pyrnnfast.__version__,
-            "instruction_set": _cpu.instruction_set(),
-            "date": datetime.date.today().isoformat(),
-            "rows": rows,
+        settings = {
+            "seconds": options.seconds,
+            "runs": options.runs,
+            "least_rounds": options.least,
+            "threads": options.threads,
+            "environment": {name: os.environ[name] for name in HELD_TO["avx2"] if name in os.environ},
         }
-        (RESULTS / f"{options.out}.json").write_text(json.dumps(record, indent=1) + "\n")
+        figures = {name: round(value, 4) for name, value in machine.measured.items()}
+        found = {"measured": figures, "measured_disturbed": machine.disturbed, "rows": entries}
+        record.save(options.out, record.origin(settings) | found)
     return 0
 
 

@@ -1,35 +1,111 @@
-"""Times two callables against each other: in one process, turn by turn, so that both see the same noise."""
+"""Times callables against each other: in one process, turn by turn, so that all see the same noise."""
 
+import contextlib
+import os
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
 
 
-class Pair(NamedTuple):
-    """Median times of one call, in milliseconds."""
+@contextlib.contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    ours_ms: float
-    torch_ms: float
+
+def seconds_of(fn: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    fn()
+    return time.perf_counter() - begin
+
+
+class Times(NamedTuple):
+    medians: dict[str, float]  # seconds of one call, by side
     rounds: int
 
 
-def _milliseconds(fn: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    fn()
-    return (time.perf_counter() - begin) * 1e3
+def turn_by_turn(sides: Mapping[str, Callable[[], object]], seconds: float, least: int = 5, most: int = 5000) -> Times:
+    """Calls every side once a round, after a round to warm up, for about ``seconds`` and at least ``least`` rounds.
+
+    Each round begins with another side: going first, or behind a large product, is worth some per cent.
+    """
+    names = list(sides)
+    for name in names:
+        sides[name]()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    begin, rounds = time.perf_counter(), 0
+    while rounds < least or (rounds < most and time.perf_counter() - begin < seconds):
+        first = rounds % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(seconds_of(sides[name]))
+        rounds += 1
+    return Times({name: statistics.median(values) for name, values in times.items()}, rounds)
 
 
-def compare(ours: Callable[[], object], stock: Callable[[], object], seconds: float = 1.5) -> Pair:
-    """Calls both in turn for about ``seconds``, at least five times each after two calls to warm up."""
-    for _ in range(2):
-        stock()
-        ours()
-    once = _milliseconds(stock) + _milliseconds(ours)
-    rounds = max(5, min(500, int(seconds * 1e3 / once)))
-    times = [(_milliseconds(stock), _milliseconds(ours)) for _ in range(rounds)]
-    return Pair(
-        ours_ms=statistics.median(ours_ms for _, ours_ms in times),
-        torch_ms=statistics.median(torch_ms for torch_ms, _ in times),
-        rounds=rounds,
-    )
+def _cpu_seconds_of_others() -> float:
+    """What all cores have done for other programs, and for other machines on the same processor ("steal")."""
+    # user nice system idle iowait irq softirq steal
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+T = TypeVar("T")
+
+
+def undisturbed(
+    measure: Callable[[], T], threads: int, watch: "Watch | None" = None, attempts: int = 3
+) -> tuple[T, bool]:
+    """``measure()``, again when others had a core that its threads need; and whether it was so to the last.
+
+    Args:
+        watch: is asked, too, before and after
+    """
+    free = (os.cpu_count() or 1) - threads + 0.2  # cores that others may have
+    for _ in range(attempts):
+        before = watch is None or watch.wait()
+        begin, others = time.perf_counter(), _cpu_seconds_of_others()
+        result = measure()
+        taken = (_cpu_seconds_of_others() - others) / (time.perf_counter() - begin)
+        if taken <= free and before and (watch is None or watch.steady()):
+            return result, False
+    return result, True
+
+
+class Watch:
+    """Notices that the cores do not deliver what they did, as when a neighbour on the machine takes one of them.
+
+    The measure is a matrix product of some milliseconds on all the threads: without one of the cores it takes about
+    twice as long. A spinning team of threads suffers much more than that, so what is timed meanwhile is worthless.
+    """
+
+    _SIZE = 512
+    _LOWEST = 0.8  # of the usual speed
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._a, self._b, self._out = (torch.ones(self._SIZE, self._SIZE) for _ in range(3))
+        self._usual, _ = undisturbed(lambda: self._median(60), threads, attempts=20)
+
+    def _median(self, samples: int) -> float:
+        with thread_count(self.threads):
+            product = partial(torch.mm, self._a, self._b, out=self._out)
+            return statistics.median(seconds_of(product) for _ in range(samples))
+
+    def steady(self) -> bool:
+        return self._median(5) * self._LOWEST <= self._usual
+
+    def wait(self, seconds: float = 2.0) -> bool:
+        """Until they deliver, but not for ever; whether they do."""
+        end = time.perf_counter() + seconds
+        while not (steady := self.steady()) and time.perf_counter() < end:
+            time.sleep(0.05)
+        return steady

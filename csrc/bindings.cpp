@@ -16,84 +16,64 @@ using namespace pyrnnfast;
 
 namespace {
 
-template <class Operands>
-struct TensorArgument {
-  const char* name;
-  Operand Operands::* operand;
-};
-
-constexpr TensorArgument<ForwardOperands> kForwardTensors[] = {
-    {"xgates", &ForwardOperands::xgates},
-    {"x", &ForwardOperands::x},
-    {"weight_ih", &ForwardOperands::weight_ih},
-    {"bias", &ForwardOperands::bias},
-    {"weight_hh", &ForwardOperands::weight_hh},
-    {"bias_hn", &ForwardOperands::bias_hn},
-    {"hgates", &ForwardOperands::hgates},
-    {"h0", &ForwardOperands::h0},
-    {"c0", &ForwardOperands::c0},
-    {"y", &ForwardOperands::y},
-    {"h_n", &ForwardOperands::h_n},
-    {"c_n", &ForwardOperands::c_n},
-    {"saved", &ForwardOperands::saved},
-    {"cells", &ForwardOperands::cells},
-    {"batch_sizes", &ForwardOperands::batch_sizes},
-};
-
-constexpr TensorArgument<BackwardOperands> kBackwardTensors[] = {
-    {"y", &BackwardOperands::y},
-    {"saved", &BackwardOperands::saved},
-    {"cells", &BackwardOperands::cells},
-    {"weight_hh", &BackwardOperands::weight_hh},
-    {"h0", &BackwardOperands::h0},
-    {"c0", &BackwardOperands::c0},
-    {"grad_y", &BackwardOperands::grad_y},
-    {"grad_h_n", &BackwardOperands::grad_h_n},
-    {"grad_c_n", &BackwardOperands::grad_c_n},
-    {"dgates", &BackwardOperands::dgates},
-    {"carry", &BackwardOperands::carry},
-    {"batch_sizes", &BackwardOperands::batch_sizes},
-};
-
-// `before`, the tensors of the table, then reverse and threads.
-template <class Operands, size_t N>
-std::vector<const char*> argument_names(std::vector<const char*> before, const TensorArgument<Operands> (&tensors)[N]) {
-  for (const auto& tensor : tensors) before.push_back(tensor.name);
-  before.push_back("reverse");
-  before.push_back("threads");
-  return before;
-}
-
-template <class Operands, size_t N>
-Operands read_tensors(const Arguments& arguments, size_t first, const TensorArgument<Operands> (&tensors)[N]) {
-  Operands operands;
-  for (size_t i = 0; i < N; ++i) operands.*tensors[i].operand = read_tensor(arguments[first + i], tensors[i].name);
-  return operands;
-}
-
 template <class P>
 void run_without_gil(const Checked<P>& call, int threads) {
   const py::gil_scoped_release release;
-  run(call.problem, threads);
+  for (const P& direction : call.directions) run(direction, threads);
 }
 
 void forward(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = argument_names({"cell"}, kForwardTensors);
+  static const std::vector<const char*> names = {"cell", "x",   "h0",   "c0",          "weights", "y",
+                                                 "h_n",  "c_n", "kept", "batch_sizes", "threads"};
   const Arguments arguments("forward", names, args, kwargs);
-  const size_t last = names.size() - 1;
-  const auto operands = read_tensors(arguments, 1, kForwardTensors);
-  const int threads = check_threads(arguments.integer(last));
-  run_without_gil(check_forward(arguments.text(0), operands, arguments.flag(last - 1)), threads);
+  const auto tensor = [&](size_t i) { return read_tensor(arguments[i], names[i]); };
+  ForwardOperands o;
+  o.x = tensor(1);
+  o.h0 = tensor(2);
+  o.c0 = tensor(3);
+  o.weights = read_tensors(arguments[4], names[4]);
+  o.y = tensor(5);
+  o.h_n = tensor(6);
+  o.c_n = tensor(7);
+  o.kept = read_tensors(arguments[8], names[8]);
+  o.batch_sizes = tensor(9);
+  const int threads = check_threads(arguments.integer(10));
+  run_without_gil(check_forward(arguments.text(0), o), threads);
 }
 
 void backward(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = argument_names({"cell", "batch"}, kBackwardTensors);
+  static const std::vector<const char*> names = {"cell", "x",        "h0",          "c0",       "weights", "y",
+                                                 "kept", "grad_y",   "grad_h_n",    "grad_c_n", "dx",      "dh0",
+                                                 "dc0",  "dweights", "batch_sizes", "threads"};
   const Arguments arguments("backward", names, args, kwargs);
-  const size_t last = names.size() - 1;
-  auto operands = read_tensors(arguments, 2, kBackwardTensors);
-  operands.batch = arguments.integer(1);
-  const int threads = check_threads(arguments.integer(last));
-  run_without_gil(check_backward(arguments.text(0), operands, arguments.flag(last - 1)), threads);
+  const auto tensor = [&](size_t i) { return read_tensor(arguments[i], names[i]); };
+  BackwardOperands o;
+  o.x = tensor(1);
+  o.h0 = tensor(2);
+  o.c0 = tensor(3);
+  o.weights = read_tensors(arguments[4], names[4]);
+  o.y = tensor(5);
+  o.kept = read_tensors(arguments[6], names[6]);
+  o.grad_y = tensor(7);
+  o.grad_h_n = tensor(8);
+  o.grad_c_n = tensor(9);
+  o.dx = tensor(10);
+  o.dh0 = tensor(11);
+  o.dc0 = tensor(12);
+  o.dweights = read_tensors(arguments[13], names[13]);
+  o.batch_sizes = tensor(14);
+  const int threads = check_threads(arguments.integer(15));
+  run_without_gil(check_backward(arguments.text(0), o), threads);
+}
+
+void product(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"a", "b", "out", "threads"};
+  const Arguments arguments("matmul", names, args, kwargs);
+  const Product p = check_product(read_tensor(arguments[0], names[0]), read_tensor(arguments[1], names[1]),
+                                  read_tensor(arguments[2], names[2]));
+  const int threads = check_threads(arguments.integer(3));
+  const py::gil_scoped_release release;
+  run(p, threads);
 }
 
 void check_batch_sizes_of(const py::args& args, const py::kwargs& kwargs) {
@@ -141,6 +121,12 @@ void use_instruction_set(const py::args& args, const py::kwargs& kwargs) {
   select_instruction_set(Arguments("select_instruction_set", names, args, kwargs).text(0));
 }
 
+void set_threshold_of(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"name", "value"};
+  const Arguments arguments("set_threshold", names, args, kwargs);
+  set_threshold(arguments.text(0), arguments.integer(1));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -154,4 +140,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_set", &name_of_instruction_set, "The one in use.");
   m.def("select_instruction_set", &use_instruction_set);
   m.def("activation", &activation);
+  m.def("set_threshold", &set_threshold_of, "For tests; see csrc/cpu/schedule.h.");
+  m.def("matmul", &product, "out = a b, by the register tile: for benchmarks and tests.");
 }

@@ -2,8 +2,8 @@
 // pyrnnfast/reference.py, and nowhere else. Gate orders, names and conventions are torch's.
 //
 // A cell says how many gates its products have (`gates`), how many values per unit it saves for backward (`saved`), how
-// many gate gradients it gives (`dgates`) and which states it reads; the time loop (cpu/recurrence.h) does the rest.
-// `Math` supplies the arithmetic: a value type with + - * and the functions splat, fma, sigmoid, tanh, relu.
+// many gate gradients it gives (`dgates`) and which states it reads; the time loop (cpu/forward.h, cpu/backward.h) does
+// the rest. `Math` supplies the arithmetic: a value type with + - * and the functions splat, fma, sigmoid, tanh, relu.
 #pragma once
 
 #include "problem.h"

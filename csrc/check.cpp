@@ -8,10 +8,9 @@
 namespace pyrnnfast {
 namespace {
 
-[[noreturn]] void fail(const std::string& text) { throw std::invalid_argument(text); }
-
-void require(bool condition, const std::string& text) {
-  if (!condition) fail(text);
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  throw std::invalid_argument((std::string() + ... + parts));
 }
 
 CellKind parse_cell(const std::string& name) {
@@ -24,12 +23,12 @@ CellKind parse_cell(const std::string& name) {
 
 // Columns of each operand in units of H; 0 or false: the cell has no such operand.
 struct Widths {
-  int64_t gates, saved, dgates;
-  bool cell, bias_hn, carry;
+  int64_t gates, saved;
+  bool cell;
 };
 
 template <class Cell>
-constexpr Widths widths{Cell::gates, Cell::saved, Cell::dgates, Cell::has_cell, Cell::has_bias_hn, Cell::has_carry};
+constexpr Widths widths{Cell::gates, Cell::saved, Cell::has_cell};
 
 const Widths& widths_of(CellKind cell) {
   switch (cell) {
@@ -47,96 +46,198 @@ std::string size_text(int64_t rows, int64_t columns) {
 }
 
 std::string shape_text(const Operand& o) {
-  if (o.dimensions == 1) return "[" + std::to_string(o.shape[0]) + "]";
-  if (o.dimensions == 2) return size_text(o.shape[0], o.shape[1]);
-  return "a tensor of " + std::to_string(o.dimensions) + " dimensions";
+  if (o.dimensions > 3) return "a tensor of " + std::to_string(o.dimensions) + " dimensions";
+  std::string text;
+  for (int i = 0; i < o.dimensions; ++i) text += (i == 0 ? "" : ", ") + std::to_string(o.shape[i]);
+  return "[" + text + "]";
 }
 
-void require_on_cpu(const Operand& o, const std::string& name) { require(o.on_cpu, name + " must be on the CPU"); }
+void require_on_cpu(const Operand& o, const char* name) {
+  if (!o.on_cpu) fail(name, " must be on the CPU");
+}
 
-void require_present(const Operand& o, const std::string& name) { require(o.present, name + " is missing"); }
+void require_present(const Operand& o, const char* name) {
+  if (!o.present) fail(name, " is missing");
+}
 
 enum class Need { always, optional, never };
 
-// What all operands of one call must agree on.
+Dtype dtype_of(const Operand& o, const char* name) {
+  switch (o.type) {
+    case ElementType::float32:
+      return Dtype::float32;
+    case ElementType::float64:
+      return Dtype::float64;
+    case ElementType::bfloat16:
+      return Dtype::bfloat16;
+    default:
+      fail(name, " must be a float32, float64 or bfloat16 tensor");
+  }
+}
+
+// Of all operands of one call that have the same type.
 class Door {
  public:
-  explicit Door(const std::string& cell, const Operand& typed, const std::string& typed_name)
-      : kind(parse_cell(cell)), widths(widths_of(kind)) {
-    require_present(typed, typed_name);
-    require(typed.type == ElementType::float32 || typed.type == ElementType::float64,
-            typed_name + " must be a float32 or float64 tensor");
-    type_ = typed.type;
+  explicit Door(ElementType type) : type_(type) {}
+
+  // `rows` rows of `columns` elements, over one or more dimensions; a single row may have no dimension of its own.
+  Matrix matrix(const Operand& o, const char* name, int64_t rows, int64_t columns, Need need) const {
+    if (!enters(o, name, need)) return {};
+    const int last = o.dimensions - 1;
+    int64_t found = 1;
+    for (int i = 0; i < last && i < 2; ++i)
+      found = o.shape[i] == 0 || found <= rows / o.shape[i] ? found * o.shape[i] : -1;
+    if (!(last >= 0 && last < 3 && o.shape[last] == columns && found == rows))
+      fail(name, ": expected size " + size_text(rows, columns) + ", got " + shape_text(o));
+    return contiguous_rows(o, name, rows, columns);
   }
 
-  Dtype dtype() const { return type_ == ElementType::float64 ? Dtype::float64 : Dtype::float32; }
-
-  Matrix matrix(const Operand& o, const std::string& name, int64_t rows, int64_t columns, Need need) const {
-    if (!o.present) {
-      require(need != Need::always, name + " is missing");
-      return {};
+  // Direction `d` of [directions, rows, columns].
+  Matrix of_direction(const Operand& o, const char* name, int64_t d, int64_t directions, int64_t rows, int64_t columns,
+                      Need need) const {
+    if (!enters(o, name, need)) return {};
+    const bool fits = o.dimensions == 3
+                          ? o.shape[0] == directions && o.shape[1] == rows && o.shape[2] == columns
+                          : o.dimensions == 2 && directions == 1 && o.shape[0] == rows && o.shape[1] == columns;
+    if (!fits)
+      fail(name, ": expected size [" + std::to_string(directions) + ", " + std::to_string(rows) + ", " +
+                     std::to_string(columns) + "], got " + shape_text(o));
+    if (o.dimensions == 2) return contiguous_rows(o, name, rows, columns);
+    Operand part = o;
+    part.dimensions = 2;
+    for (int i = 0; i < 2; ++i) {
+      part.shape[i] = o.shape[i + 1];
+      part.stride[i] = o.stride[i + 1];
     }
-    require(need != Need::never, name + " does not apply to this cell or call");
-    require_on_cpu(o, name);
-    require(o.type == type_, name + " must have the dtype of the other tensors");
-    const bool vector = o.dimensions == 1 && rows == 1;
-    const bool fits = vector ? o.shape[0] == columns : o.dimensions == 2 && o.shape[0] == rows && o.shape[1] == columns;
-    require(fits, name + ": expected size " + size_text(rows, columns) + ", got " + shape_text(o));
-    const int64_t column_stride = vector ? o.stride[0] : o.stride[1];
-    require(columns == 1 || column_stride == 1, name + " must be contiguous in its last dimension");
-    const int64_t row_stride = vector || rows == 1 ? columns : o.stride[0];
-    require(row_stride >= columns, name + ": rows must not overlap");
-    require(o.data != nullptr, name + " has no memory");
-    return {o.data, row_stride};
+    Matrix m = contiguous_rows(part, name, rows, columns);
+    if (!(directions == 1 || o.stride[0] >= (rows - 1) * m.stride + columns))
+      fail(name, ": directions must not overlap");
+    m.data = static_cast<char*>(m.data) + d * o.stride[0] * element_bytes();
+    return m;
   }
 
-  const CellKind kind;
-  const Widths& widths;
+  // Columns [first, first + …) of a matrix.
+  Matrix columns_from(const Matrix& m, int64_t first) const {
+    return {m.data == nullptr ? nullptr : static_cast<char*>(m.data) + first * element_bytes(), m.stride};
+  }
 
  private:
+  bool enters(const Operand& o, const char* name, Need need) const {
+    if (!o.present) {
+      if (need == Need::always) fail(name, " is missing");
+      return false;
+    }
+    if (need == Need::never) fail(name, " does not apply to this cell or call");
+    require_on_cpu(o, name);
+    if (o.type != type_) fail(name, " must have the dtype of the other tensors");
+    return true;
+  }
+
+  static Matrix contiguous_rows(const Operand& o, const char* name, int64_t rows, int64_t columns) {
+    const int last = o.dimensions - 1;
+    if (!(columns == 1 || o.stride[last] == 1)) fail(name, " must be contiguous in its last dimension");
+    if (o.data == nullptr) fail(name, " has no memory");
+    // Of the dimensions of rows, those of size 1 say nothing.
+    int64_t stride = columns, below = 1;
+    for (int i = last - 1; i >= 0; --i) {
+      if (o.shape[i] == 1) continue;
+      if (below == 1) stride = o.stride[i];
+      if (!(o.stride[i] == below * stride)) fail(name, ": rows must be equally far apart");
+      below *= o.shape[i];
+    }
+    if (!(rows == 1 || stride >= columns)) fail(name, ": rows must not overlap");
+    return {o.data, stride};
+  }
+
+  int64_t element_bytes() const { return type_ == ElementType::float64 ? 8 : type_ == ElementType::float32 ? 4 : 2; }
+
   ElementType type_;
 };
 
 Need when(bool applies, Need need = Need::always) { return applies ? need : Need::never; }
 
-// The sizes of a call, from its rows, its batch size and, where packed, its batch sizes.
-std::vector<int64_t> offsets_of(const Operand& batch_sizes, int64_t rows, int64_t batch) {
-  require(batch > 0, "batch size must be positive, got " + std::to_string(batch));
-  require(rows > 0, "Expected sequence length to be larger than 0 in RNN");
-  if (batch_sizes.present) {
-    std::vector<int64_t> offsets = check_batch_sizes(batch_sizes, rows);
-    require(offsets[1] == batch,
-            "batch_sizes[0] must be the batch size " + std::to_string(batch) + ", got " + std::to_string(offsets[1]));
-    return offsets;
-  }
-  require(rows % batch == 0,
-          std::to_string(rows) + " rows are no whole number of steps of a batch of " + std::to_string(batch));
+// The first row of each step of a batch that does not change, and the number of rows.
+std::vector<int64_t> dense_offsets(int64_t rows, int64_t batch) {
+  if (batch <= 0) fail("batch size must be positive, got " + std::to_string(batch));
+  if (rows <= 0) fail("Expected sequence length to be larger than 0 in RNN");
   std::vector<int64_t> offsets(static_cast<size_t>(rows / batch) + 1);
   for (size_t t = 0; t < offsets.size(); ++t) offsets[t] = static_cast<int64_t>(t) * batch;
   return offsets;
 }
 
-void require_rows(const Operand& o, const std::string& name) {
+int64_t checked_product(int64_t a, int64_t b) {
+  if (!(a >= 0 && b >= 0 && (b == 0 || a <= (int64_t{1} << 60) / b))) fail("the number of rows is out of range");
+  return a * b;
+}
+
+// The cell state stays in float32 where the rest is narrower.
+Door door_of_cells(const Operand& x) { return Door(x.type == ElementType::bfloat16 ? ElementType::float32 : x.type); }
+
+void require_rows(const Operand& o, const char* name) {
   require_present(o, name);
-  require(o.dimensions == 2, name + ": expected two dimensions, got " + shape_text(o));
+  if (!(o.dimensions == 2 || o.dimensions == 3)) fail(name, ": expected two or three dimensions, got " + shape_text(o));
 }
 
-// The upper bound keeps the sizes of all operands within int64.
-void require_hidden(int64_t hidden) {
-  require(hidden > 0 && hidden < int64_t{1} << 40,
-          "hidden size must be positive and below 2^40, got " + std::to_string(hidden));
+// The upper bound keeps the sizes of all operands, and of the packed weights, within int64.
+void require_size(int64_t size, const char* name) {
+  if (!(size > 0 && size < int64_t{1} << 26))
+    fail(name, " must be positive and below 2^26, got " + std::to_string(size));
 }
 
-template <class P>
-void fill_sizes(Checked<P>& call, const Door& door, int64_t batch, int64_t hidden, bool reverse) {
-  P& p = call.problem;
-  p.cell = door.kind;
-  p.dtype = door.dtype();
-  p.steps = static_cast<int64_t>(call.offsets.size()) - 1;
-  p.batch = batch;
-  p.hidden = hidden;
-  p.offsets = call.offsets.data();
-  p.reverse = reverse;
+// What the passes have in common. Calls fill(problem, d, door) for the rest of each direction.
+template <class P, class Fill>
+Checked<P> check_layer(const std::string& cell, const LayerOperands& o, bool backward, const Fill& fill) {
+  const CellKind kind = parse_cell(cell);
+  const Widths& w = widths_of(kind);
+  require_rows(o.x, "x");
+  require_rows(o.y, "y");
+  const Dtype dtype = dtype_of(o.x, "x");
+  const Door door(o.x.type), cells_door = door_of_cells(o.x);
+  const auto D = static_cast<int64_t>(o.weights.size()) / 4;
+  if (!(D * 4 == static_cast<int64_t>(o.weights.size()) && (D == 1 || D == 2)))
+    fail("weights must be four for each of one or two directions, got " + std::to_string(o.weights.size()));
+  if (!(o.kept.size() == static_cast<size_t>(2 * D) || (o.kept.empty() && !backward)))
+    fail("kept must be two for each direction, got " + std::to_string(o.kept.size()));
+  const int last = o.x.dimensions - 1;
+  const int64_t N = last == 2 ? checked_product(o.x.shape[0], o.x.shape[1]) : o.x.shape[0];
+  const int64_t I = o.x.shape[last], DH = o.y.shape[o.y.dimensions - 1], H = DH / D;
+  require_size(H, "hidden size");
+  require_size(I, "number of input features");
+  // Before anything is allocated for so many rows: they exist.
+  const Matrix x = door.matrix(o.x, "x", N, I, Need::always);
+  const Matrix y = door.matrix(o.y, "y", N, D * H, Need::always);
+  if (!(last == 1 || !o.batch_sizes.present)) fail("packed x must have two dimensions");
+  Checked<P> call{o.batch_sizes.present ? check_batch_sizes(o.batch_sizes, N) : dense_offsets(N, o.x.shape[last - 1]),
+                  {}};
+  for (int64_t d = 0; d < D; ++d) {
+    P p;
+    p.cell = kind;
+    p.dtype = dtype;
+    p.steps = static_cast<int64_t>(call.offsets.size()) - 1;
+    p.batch = call.offsets[1];
+    p.inputs = I;
+    p.hidden = H;
+    p.offsets = call.offsets.data();
+    p.reverse = d == 1;
+    const auto weight = [&](int i) -> const Operand& { return o.weights[static_cast<size_t>(4 * d + i)]; };
+    p.x = x;
+    p.y = door.columns_from(y, d * H);
+    p.weight_ih = door.matrix(weight(0), "weight_ih", w.gates * H, I, Need::always);
+    p.weight_hh = door.matrix(weight(1), "weight_hh", w.gates * H, H, Need::always);
+    p.bias_ih = door.matrix(weight(2), "bias_ih", 1, w.gates * H, Need::optional);
+    p.bias_hh = door.matrix(weight(3), "bias_hh", 1, w.gates * H, Need::optional);
+    p.h0 = door.of_direction(o.h0, "h0", d, D, p.batch, H, Need::optional);
+    p.c0 = door.of_direction(o.c0, "c0", d, D, p.batch, H, when(w.cell, Need::optional));
+    if (!o.kept.empty()) {
+      const Need need = backward ? Need::always : Need::optional;
+      const auto at = static_cast<size_t>(2 * d);
+      p.saved = door.matrix(o.kept[at], "saved", N, w.saved * H, when(w.saved > 0, need));
+      p.cells = cells_door.matrix(o.kept[at + 1], "cells", N, H, when(w.cell, need));
+    }
+    fill(p, d, door);
+    call.directions.push_back(p);
+  }
+  return call;
 }
 
 }  // namespace
@@ -144,97 +245,88 @@ void fill_sizes(Checked<P>& call, const Door& door, int64_t batch, int64_t hidde
 std::vector<int64_t> check_batch_sizes(const Operand& o, int64_t rows) {
   require_present(o, "batch_sizes");
   require_on_cpu(o, "batch_sizes");
-  require(o.type == ElementType::int64, "batch_sizes must be an int64 tensor");
-  require(o.dimensions == 1, "batch_sizes must have one dimension, got " + shape_text(o));
-  require(o.shape[0] > 0, "Expected sequence length to be larger than 0 in RNN");
-  require(o.data != nullptr, "batch_sizes has no memory");
-  require(o.shape[0] <= rows, "batch_sizes has " + std::to_string(o.shape[0]) + " steps, but the data have only " +
-                                  std::to_string(rows) + " rows");
+  if (o.type != ElementType::int64) fail("batch_sizes must be an int64 tensor");
+  if (o.dimensions != 1) fail("batch_sizes must have one dimension, got " + shape_text(o));
+  if (o.shape[0] <= 0) fail("Expected sequence length to be larger than 0 in RNN");
+  if (o.data == nullptr) fail("batch_sizes has no memory");
+  if (o.shape[0] > rows)
+    fail("batch_sizes has " + std::to_string(o.shape[0]) + " steps, but the data have only " + std::to_string(rows) +
+         " rows");
   std::vector<int64_t> offsets(static_cast<size_t>(o.shape[0]) + 1, 0);
   int64_t previous = rows;
   for (int64_t t = 0; t < o.shape[0]; ++t) {
     // Read once: another thread may be writing to it.
     const int64_t size = static_cast<const volatile int64_t*>(o.data)[t * o.stride[0]];
-    const std::string where = "batch_sizes[" + std::to_string(t) + "]";
-    require(size > 0, where + " must be positive, got " + std::to_string(size));
-    require(size <= previous, t == 0 ? where + " is " + std::to_string(size) + ", but the data have only " +
-                                           std::to_string(rows) + " rows"
-                                     : "batch_sizes must not increase, but " + where + " is " + std::to_string(size) +
-                                           " after " + std::to_string(previous));
+    const auto where = [t] { return "batch_sizes[" + std::to_string(t) + "]"; };
+    if (size <= 0) fail(where(), " must be positive, got " + std::to_string(size));
+    if (size > previous)
+      fail(t == 0
+               ? where() + " is " + std::to_string(size) + ", but the data have only " + std::to_string(rows) + " rows"
+               : "batch_sizes must not increase, but " + where() + " is " + std::to_string(size) + " after " +
+                     std::to_string(previous));
     previous = size;
     const auto at = static_cast<size_t>(t);
-    require(size <= rows - offsets[at],
-            "batch_sizes sum to more than the " + std::to_string(rows) + " rows of the data");
+    if (!(size <= rows - offsets[at]))
+      fail("batch_sizes sum to more than the " + std::to_string(rows) + " rows of the data");
     offsets[at + 1] = offsets[at] + size;
   }
-  require(offsets.back() == rows, "batch_sizes sum to " + std::to_string(offsets.back()) + ", but the data have " +
-                                      std::to_string(rows) + " rows");
+  if (offsets.back() != rows)
+    fail("batch_sizes sum to " + std::to_string(offsets.back()) + ", but the data have " + std::to_string(rows) +
+         " rows");
   return offsets;
 }
 
 int check_threads(int64_t threads) {
-  require(threads >= 1 && threads <= 4096, "threads must be from 1 to 4096, got " + std::to_string(threads));
+  if (!(threads >= 1 && threads <= 4096)) fail("threads must be from 1 to 4096, got " + std::to_string(threads));
   return static_cast<int>(threads);
 }
 
-Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& o, bool reverse) {
-  require(o.xgates.present != o.x.present, "either xgates or x must be given");
-  const Operand& input = o.xgates.present ? o.xgates : o.x;
-  const std::string input_name = o.xgates.present ? "xgates" : "x";
-  const Door door(cell, input, input_name);
-  require_rows(input, input_name);
-  require_rows(o.h_n, "h_n");
-  const int64_t N = input.shape[0], B = o.h_n.shape[0], H = o.h_n.shape[1];
-  require_hidden(H);
-  const Widths& w = door.widths;
-  // Before anything is allocated for so many rows: they exist.
-  door.matrix(o.y, "y", N, H, Need::always);
-  Checked<Forward> call{offsets_of(o.batch_sizes, N, B), {}};
-  Forward& p = call.problem;
-  fill_sizes(call, door, B, H, reverse);
-  p.xgates = door.matrix(o.xgates, "xgates", N, w.gates * H, when(!o.x.present));
-  if (o.x.present) {
-    p.inputs = o.x.shape[1];
-    require(p.inputs > 0, "x must have at least one feature");
-  }
-  p.x = door.matrix(o.x, "x", N, p.inputs, when(o.x.present));
-  p.weight_ih = door.matrix(o.weight_ih, "weight_ih", w.gates * H, p.inputs, when(o.x.present));
-  p.bias = door.matrix(o.bias, "bias", 1, w.gates * H, when(o.x.present, Need::optional));
-  p.weight_hh = door.matrix(o.weight_hh, "weight_hh", w.gates * H, H, p.steps > 1 ? Need::always : Need::optional);
-  p.bias_hn = door.matrix(o.bias_hn, "bias_hn", 1, H, when(w.bias_hn, Need::optional));
-  p.hgates = door.matrix(o.hgates, "hgates", B, w.gates * H, Need::optional);
-  p.h0 = door.matrix(o.h0, "h0", B, H, Need::optional);
-  p.c0 = door.matrix(o.c0, "c0", B, H, when(w.cell, Need::optional));
-  p.y = door.matrix(o.y, "y", N, H, Need::always);
-  p.h_n = door.matrix(o.h_n, "h_n", B, H, Need::always);
-  p.c_n = door.matrix(o.c_n, "c_n", B, H, when(w.cell));
-  p.saved = door.matrix(o.saved, "saved", N, w.saved * H, when(w.saved > 0, Need::optional));
-  p.cells = door.matrix(o.cells, "cells", N, H, when(w.cell, Need::optional));
-  return call;
+Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& o) {
+  return check_layer<Forward>(cell, o, false, [&](Forward& p, int64_t d, const Door& door) {
+    const auto D = static_cast<int64_t>(o.weights.size()) / 4;
+    p.h_n = door.of_direction(o.h_n, "h_n", d, D, p.batch, p.hidden, Need::always);
+    p.c_n = door.of_direction(o.c_n, "c_n", d, D, p.batch, p.hidden, when(widths_of(p.cell).cell));
+  });
 }
 
-Checked<Backward> check_backward(const std::string& cell, const BackwardOperands& o, bool reverse) {
-  const Door door(cell, o.y, "y");
-  require_rows(o.y, "y");
-  const int64_t N = o.y.shape[0], B = o.batch, H = o.y.shape[1];
-  require_hidden(H);
-  const Widths& w = door.widths;
-  door.matrix(o.y, "y", N, H, Need::always);
-  Checked<Backward> call{offsets_of(o.batch_sizes, N, B), {}};
-  Backward& p = call.problem;
-  fill_sizes(call, door, B, H, reverse);
-  p.y = door.matrix(o.y, "y", N, H, Need::always);
-  p.saved = door.matrix(o.saved, "saved", N, w.saved * H, when(w.saved > 0));
-  p.cells = door.matrix(o.cells, "cells", N, H, when(w.cell));
-  p.weight_hh = door.matrix(o.weight_hh, "weight_hh", w.gates * H, H, p.steps > 1 ? Need::always : Need::optional);
-  p.h0 = door.matrix(o.h0, "h0", B, H, Need::optional);
-  p.c0 = door.matrix(o.c0, "c0", B, H, when(w.cell, Need::optional));
-  p.grad_y = door.matrix(o.grad_y, "grad_y", N, H, Need::optional);
-  p.grad_h_n = door.matrix(o.grad_h_n, "grad_h_n", B, H, Need::optional);
-  p.grad_c_n = door.matrix(o.grad_c_n, "grad_c_n", B, H, when(w.cell, Need::optional));
-  p.dgates = door.matrix(o.dgates, "dgates", N, w.dgates * H, Need::always);
-  p.carry = door.matrix(o.carry, "carry", B, H, when(w.carry));
-  return call;
+Checked<Backward> check_backward(const std::string& cell, const BackwardOperands& o) {
+  const size_t weights = o.weights.size();
+  if (o.dweights.size() != weights) fail("dweights must be as many as weights");
+  return check_layer<Backward>(cell, o, true, [&](Backward& p, int64_t d, const Door& door) {
+    const auto D = static_cast<int64_t>(weights) / 4;
+    const int64_t N = p.offsets[p.steps], B = p.batch, I = p.inputs, H = p.hidden;
+    const Widths& w = widths_of(p.cell);
+    p.grad_y = door.columns_from(door.matrix(o.grad_y, "grad_y", N, D * H, Need::optional), d * H);
+    p.grad_h_n = door.of_direction(o.grad_h_n, "grad_h_n", d, D, B, H, Need::optional);
+    p.grad_c_n = door.of_direction(o.grad_c_n, "grad_c_n", d, D, B, H, when(w.cell, Need::optional));
+    p.dx = door.matrix(o.dx, "dx", N, I, Need::optional);
+    p.add_to_dx = d > 0;
+    const auto gradient = [&](int i) -> const Operand& { return o.dweights[static_cast<size_t>(4 * d + i)]; };
+    p.dweight_ih = door.matrix(gradient(0), "dweight_ih", w.gates * H, I, Need::optional);
+    p.dweight_hh = door.matrix(gradient(1), "dweight_hh", w.gates * H, H, Need::optional);
+    p.dbias_ih = door.matrix(gradient(2), "dbias_ih", 1, w.gates * H, Need::optional);
+    p.dbias_hh = door.matrix(gradient(3), "dbias_hh", 1, w.gates * H, Need::optional);
+    p.dh0 = door.of_direction(o.dh0, "dh0", d, D, B, H, Need::optional);
+    p.dc0 = door.of_direction(o.dc0, "dc0", d, D, B, H, when(w.cell, Need::optional));
+  });
+}
+
+Product check_product(const Operand& a, const Operand& b, const Operand& out) {
+  require_rows(a, "a");
+  require_rows(b, "b");
+  Product p;
+  p.dtype = dtype_of(a, "a");
+  if (p.dtype == Dtype::bfloat16) fail("a must be a float32 or float64 tensor");
+  p.rows = a.shape[0];
+  p.depth = a.shape[1];
+  p.columns = b.shape[1];
+  require_size(p.depth, "number of columns of a");
+  require_size(p.columns, "number of columns of b");
+  const Door door(a.type);
+  p.a = door.matrix(a, "a", p.rows, p.depth, Need::always);
+  p.b = door.matrix(b, "b", p.depth, p.columns, Need::always);
+  p.out = door.matrix(out, "out", p.rows, p.columns, Need::always);
+  return p;
 }
 
 }  // namespace pyrnnfast

@@ -9,39 +9,51 @@
 
 namespace pyrnnfast {
 
-enum class ElementType { float32, float64, int64, other };
+enum class ElementType { float32, float64, bfloat16, int64, other };
 
 // A tensor as it was handed over; `data` may be anything until it has been checked.
 struct Operand {
   bool present = false;
   void* data = nullptr;
   int dimensions = 0;
-  int64_t shape[2] = {0, 0}, stride[2] = {0, 0};  // of the first two dimensions
+  int64_t shape[3] = {0, 0, 0}, stride[3] = {0, 0, 0};  // of the first three dimensions
   ElementType type = ElementType::other;
   bool on_cpu = false;
 };
 
-// Named as in Forward and Backward (problem.h). `batch_sizes` absent: dense.
-struct ForwardOperands {
-  Operand xgates, x, weight_ih, bias, weight_hh, bias_hn, hgates, h0, c0, y, h_n, c_n, saved, cells, batch_sizes;
+// The operands of a layer in D = 1 or 2 directions, the second of which runs backward in time. Named as in Forward and
+// Backward (problem.h), which hold one direction of it.
+struct LayerOperands {
+  Operand x;                     // [T, B, I]; [N, I] with batch_sizes; [B, I]: one step
+  Operand h0, c0;                // [D, B, H], or [B, H] where D = 1
+  std::vector<Operand> weights;  // weight_ih, weight_hh, bias_ih, bias_hh of each direction
+  Operand y;                     // as x, with D·H columns
+  std::vector<Operand> kept;     // saved, cells of each direction; empty: nothing is kept for backward
+  Operand batch_sizes;           // [T], absent: dense
 };
-struct BackwardOperands {
-  Operand y, saved, cells, weight_hh, h0, c0, grad_y, grad_h_n, grad_c_n, dgates, carry, batch_sizes;
-  int64_t batch = 0;
+struct ForwardOperands : LayerOperands {
+  Operand h_n, c_n;  // as h0
+};
+struct BackwardOperands : LayerOperands {
+  Operand grad_y, grad_h_n, grad_c_n;  // as y, h0
+  Operand dx, dh0, dc0;                // as x, h0
+  std::vector<Operand> dweights;       // as weights
 };
 
-// A problem and the memory that it points into.
+// The problem of each direction, and the memory that they point into.
 template <class P>
 struct Checked {
   std::vector<int64_t> offsets;
-  P problem;
+  std::vector<P> directions;
 };
 
 // All throw std::invalid_argument.
-Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& operands, bool reverse);
-Checked<Backward> check_backward(const std::string& cell, const BackwardOperands& operands, bool reverse);
+Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& operands);
+Checked<Backward> check_backward(const std::string& cell, const BackwardOperands& operands);
 // The first row of each step and, last, the number of rows, which must be `rows`.
 std::vector<int64_t> check_batch_sizes(const Operand& batch_sizes, int64_t rows);
 int check_threads(int64_t threads);
+// out [M, N] = a [M, K] b [K, N], for benchmarks and tests of the tile.
+Product check_product(const Operand& a, const Operand& b, const Operand& out);
 
 }  // namespace pyrnnfast

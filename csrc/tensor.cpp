@@ -39,26 +39,30 @@ struct ExchangeTable {
 };
 constexpr uint32_t kMajor = 1;
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kInt = 0, kFloat = 2;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 }  // namespace dlpack
 
 ElementType element_type(const dlpack::DataType& type) {
   if (type.lanes != 1) return ElementType::other;
   if (type.code == dlpack::kFloat && type.bits == 32) return ElementType::float32;
   if (type.code == dlpack::kFloat && type.bits == 64) return ElementType::float64;
+  if (type.code == dlpack::kBfloat && type.bits == 16) return ElementType::bfloat16;
   if (type.code == dlpack::kInt && type.bits == 64) return ElementType::int64;
   return ElementType::other;
 }
 
-}  // namespace
-
-Operand read_tensor(py::handle object, const char* name) {
-  if (object.is_none()) return {};
-  const auto type = py::type::handle_of(object);
-  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+// The exchange table of an object's type. The two types of ordinary tensors are remembered, as looking one up takes
+// longer than a small kernel; both live as long as torch does.
+const dlpack::ExchangeTable& exchange_table(py::handle object, const char* name) {
+  static PyTypeObject* known[2] = {};
+  static const dlpack::ExchangeTable* tables[2] = {};
+  PyTypeObject* type = Py_TYPE(object.ptr());
+  for (int i = 0; i < 2; ++i) {
+    if (known[i] == type) return *tables[i];
+  }
+  const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_CheckExact(capsule.ptr())) {
-    throw py::type_error(std::string(name) + " must be a torch.Tensor, got " +
-                         py::str(type.attr("__name__")).cast<std::string>());
+    throw py::type_error(std::string(name) + " must be a torch.Tensor, got " + type->tp_name);
   }
   const auto* table =
       static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -67,8 +71,23 @@ Operand read_tensor(py::handle object, const char* name) {
     throw py::type_error("this torch speaks DLPack " + std::to_string(table->version.major) +
                          ", which this build of pyrnnfast does not read");
   }
+  const std::string full_name = type->tp_name;
+  const int slot = full_name == "Tensor" ? 0 : full_name == "Parameter" ? 1 : -1;
+  if (slot >= 0 && known[slot] == nullptr) {
+    Py_INCREF(type);  // so that no other type can come to stand at its address
+    tables[slot] = table;
+    known[slot] = type;
+  }
+  return *table;
+}
+
+}  // namespace
+
+Operand read_tensor(py::handle object, const char* name) {
+  if (object.is_none()) return {};
+  const dlpack::ExchangeTable& table = exchange_table(object, name);
   dlpack::Tensor tensor{};
-  if (table->borrow(object.ptr(), &tensor) != 0) {
+  if (table.borrow(object.ptr(), &tensor) != 0) {
     PyErr_Clear();  // torch tells of its dispatcher and adds a C++ stack
     throw py::value_error(std::string(name) + " must be a dense tensor with memory of its own");
   }
@@ -76,13 +95,25 @@ Operand read_tensor(py::handle object, const char* name) {
   operand.present = true;
   operand.data = tensor.data == nullptr ? nullptr : static_cast<char*>(tensor.data) + tensor.byte_offset;
   operand.dimensions = tensor.dimensions;
-  for (int i = 0; i < tensor.dimensions && i < 2; ++i) {
+  for (int i = 0; i < tensor.dimensions && i < 3; ++i) {
     operand.shape[i] = tensor.shape[i];
     operand.stride[i] = tensor.strides[i];
   }
   operand.type = element_type(tensor.type);
   operand.on_cpu = tensor.device.type == dlpack::kCpu;
   return operand;
+}
+
+std::vector<Operand> read_tensors(py::handle tuple, const char* name) {
+  if (!PyTuple_Check(tuple.ptr())) {
+    throw py::type_error(std::string(name) + " must be a tuple, got " + Py_TYPE(tuple.ptr())->tp_name);
+  }
+  std::vector<Operand> operands;
+  operands.reserve(static_cast<size_t>(PyTuple_GET_SIZE(tuple.ptr())));
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple.ptr()); ++i) {
+    operands.push_back(read_tensor(PyTuple_GET_ITEM(tuple.ptr(), i), name));
+  }
+  return operands;
 }
 
 }  // namespace pyrnnfast

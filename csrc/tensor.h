@@ -5,11 +5,15 @@
 
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "check.h"
 
 namespace pyrnnfast {
 
 // An absent operand for None; py::type_error for what is no tensor. The tensor must outlive the result.
 Operand read_tensor(pybind11::handle object, const char* name);
+// Of a tuple; py::type_error for anything else. (A list could be emptied by another thread while the kernels run.)
+std::vector<Operand> read_tensors(pybind11::handle tuple, const char* name);
 
 }  // namespace pyrnnfast

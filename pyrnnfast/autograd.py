@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .passes import CELLS, Call, Saved, backward_direction, forward, forward_step
+from .passes import CELLS, Gradients, backward, forward, forward_step
 
 
 def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,127 +29,102 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Layer(torch.autograd.Function):
-    """y, h_n[, c_n] = layer(call, x, h0, c0, *weights)"""
+    """y, h_n[, c_n] = layer(cell, x, batch_sizes, h0, c0, *weights)"""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None
+        ctx: Any,
+        cell: str,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        y, h_n, c_n, kept = forward(call, x, h0, c0, weights, keep=True)
-        ctx.call = call
+        y, h_n, c_n, kept = forward(cell, x, batch_sizes, h0, c0, weights, keep=True)
+        ctx.cell = cell
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(call.batch_sizes, x, h0, c0, *weights, y, *(t for saved in kept for t in saved))
+        ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, y, *kept)
         return (y, h_n) if c_n is None else (y, h_n, c_n)
 
     @staticmethod
     @_without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # Once: checkpointing lets them be unpacked only once.
-        batch_sizes, x, h0, c0, *rest = ctx.saved_tensors
-        call: Call = ctx.call._replace(batch_sizes=batch_sizes)
-        directions = (len(rest) - 1) // 6
-        weights, y, kept = rest[: 4 * directions], rest[4 * directions], rest[4 * directions + 1 :]
+        x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
+        cell, count = ctx.cell, 4 * (len(rest) - 1) // 6
+        weights, y, kept = rest[:count], rest[count], tuple(rest[count + 1 :])
+        _, need_x, _, *needs = ctx.needs_input_grad
+        needs = [need_x, *needs]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
             # create_graph: the gradient has to be differentiable itself, so it goes through the reference.
-            return _differentiable_backward(call, ctx.needs_input_grad, (x, h0, c0, *weights), grads)
-        _, need_x, need_h0, need_c0, *need_weights = ctx.needs_input_grad
-        grad_y, grad_h_n, grad_c_n = (*grads, None)[:3]
-        hidden = y.shape[-1] // directions
-        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        flat_grad_y = None if grad_y is None else grad_y.reshape(flat_y.shape)
-        grad_x: Tensor | None = None
-        parts = []
-        for d in range(directions):
-            columns = slice(d * hidden, (d + 1) * hidden)
-            part = backward_direction(
-                call,
-                d == 1,
-                (need_h0, need_c0, *need_weights[4 * d : 4 * d + 4]),
-                flat_x,
-                flat_y[:, columns],
-                None if h0 is None else h0[d],
-                None if c0 is None else c0[d],
-                weights[4 * d : 4 * d + 4],
-                Saved(*kept[2 * d : 2 * d + 2]),
-                (
-                    None if flat_grad_y is None else flat_grad_y[:, columns],
-                    None if grad_h_n is None else grad_h_n[d],
-                    None if grad_c_n is None else grad_c_n[d],
-                ),
-            )
-            if need_x:
-                weight_ih = weights[4 * d]
-                grad_x = (
-                    torch.mm(part.dgates_in, weight_ih) if grad_x is None else grad_x.addmm_(part.dgates_in, weight_ih)
-                )
-            parts.append(part)
-        return (
-            None,
-            None if grad_x is None else grad_x.view(x.shape),
-            torch.stack([p.h0 for p in parts]) if need_h0 else None,  # type: ignore[misc]
-            torch.stack([p.c0 for p in parts]) if need_c0 else None,  # type: ignore[misc]
-            *(g for p in parts for g in p[3:]),
-        )
+            found = _differentiable_backward(cell, needs, x, batch_sizes, h0, c0, weights, grads)
+        else:
+            found = backward(cell, needs, x, batch_sizes, h0, c0, weights, y, kept, (*grads, None)[:3])
+        return None, found.x, None, found.h0, found.c0, *found.weights
 
 
 class _Step(torch.autograd.Function):
-    """h[, c] = step(call, x, h0, c0, *weights): a layer of one step and one direction, without its extra dimensions."""
+    """h[, c] = step(cell, x, h0, c0, *weights): a layer of one step and one direction, without its extra dimensions."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None
+        ctx: Any, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        h, c, saved = forward_step(call, x, h0, c0, weights, keep=True)
-        ctx.call = call
+        h, c, kept = forward_step(cell, x, h0, c0, weights, keep=True)
+        ctx.cell = cell
         ctx.set_materialize_grads(False)
         # Only the vanilla RNN's backward looks at h; who else changes theirs in place may.
-        ctx.save_for_backward(x, h0, c0, *weights, h if saved.gates is None else None, *saved)
+        ctx.save_for_backward(x, h0, c0, *weights, h if kept[0] is None else None, *kept)
         return h if c is None else (h, c)
 
     @staticmethod
     @_without_autocast
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
         x, h0, c0, *weights, h, gates, cells = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        cell, needs = ctx.cell, ctx.needs_input_grad[1:]
         if grad_h is None and grad_c is None:
-            return (None,) * len(needs)
+            return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
-            lead = [None if t is None else t.unsqueeze(0) for t in (x, h0, c0, grad_h, grad_c)]
-            finals = lead[3:] if CELLS[call.cell].has_cell else lead[3:4]
-            grads = _differentiable_backward(call, needs, (*lead[:3], *weights), (None, *finals))
-            return (None, *(None if g is None else g.squeeze(0) for g in grads[1:4]), *grads[4:])
-        if h is None:
-            h = gates[:, : gates.shape[1] // CELLS[call.cell].saved]  # for its size
-        part = backward_direction(
-            call, False, needs[2:], x, h, h0, c0, weights, Saved(gates, cells), (None, grad_h, grad_c)
-        )
-        return None, torch.mm(part.dgates_in, weights[0]) if needs[1] else None, *part[1:]
+            one_h0, one_c0, *finals = (None if t is None else t.unsqueeze(0) for t in (h0, c0, grad_h, grad_c))
+            used = (None, *finals) if CELLS[cell].has_cell else (None, finals[0])
+            found = _differentiable_backward(cell, needs, x.unsqueeze(0), None, one_h0, one_c0, weights, used)
+            x_h_c = [None if g is None else g.squeeze(0) for g in found[:3]]
+            return None, *x_h_c, *found.weights
+        # For its size, where its values are of no use.
+        y = gates[:, : gates.shape[1] // CELLS[cell].saved].contiguous() if h is None else h
+        found = backward(cell, needs, x, None, h0, c0, weights, y, (gates, cells), (None, grad_h, grad_c))
+        return None, found.x, found.h0, found.c0, *found.weights
 
 
 def _differentiable_backward(
-    call: Call, needs: Sequence[bool], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
+    cell: str,
+    needs: Sequence[bool],
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> Gradients:
     # A name of its own for each input: one tensor may come in twice, and each gets its own share of the gradient.
-    inputs = [None if t is None else t.view_as(t) for t in inputs]
-    x, h0, c0, *weights = inputs
-    assert x is not None
-    sizes = [call.batch] * x.shape[0] if call.batch_sizes is None else call.batch_sizes.tolist()
+    inputs = [None if t is None else t.view_as(t) for t in (x, h0, c0, *weights)]
+    data, h0, c0, *weights = inputs
+    assert data is not None
+    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
     initial = None if h0 is None else (h0,) if c0 is None else (h0, c0)
     by_direction = [weights[k : k + 4] for k in range(0, len(weights), 4)]
-    y, final = reference.layer(call.cell, x.reshape(-1, x.shape[-1]), initial, by_direction, sizes)
+    y, final = reference.layer(cell, data.reshape(-1, x.shape[-1]), initial, by_direction, sizes)
     outputs = (y.view(*x.shape[:-1], -1), *final)
-    asked = [t for t, need in zip(inputs, needs[1:], strict=True) if need and t is not None]
+    asked = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     results = iter(
         torch.autograd.grad([o for o, _ in used], asked, [g for _, g in used], create_graph=True, allow_unused=True)
     )
-    return (
-        None,
-        *(next(results) if need and t is not None else None for t, need in zip(inputs, needs[1:], strict=True)),
-    )
+    found = [next(results) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
+    return Gradients(found[0], found[1], found[2], tuple(found[3:]))
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
@@ -157,26 +132,31 @@ def _differentiable(*tensors: Tensor | None) -> bool:
 
 
 def layer(
-    call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A layer with whatever of autograd the moment asks for.
 
     Arguments and first results as of :func:`pyrnnfast.passes.forward`.
     """
     if _differentiable(x, h0, c0, *weights):
-        y, h_n, *c_n = _Layer.apply(call, x, h0, c0, *weights)
+        y, h_n, *c_n = _Layer.apply(cell, x, batch_sizes, h0, c0, *weights)
         return y, h_n, c_n[0] if c_n else None
-    return forward(call, x, h0, c0, weights, keep=False)[:3]
+    return forward(cell, x, batch_sizes, h0, c0, weights, keep=False)[:3]
 
 
 def step(
-    call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
+    cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One step of a cell likewise.
 
     Arguments as of :func:`pyrnnfast.passes.forward_step`; returns h, or h and c for the LSTM.
     """
     if _differentiable(x, h0, c0, *weights):
-        return _Step.apply(call, x, h0, c0, *weights)  # type: ignore[no-any-return]
-    h, c, _ = forward_step(call, x, h0, c0, weights, keep=False)
+        return _Step.apply(cell, x, h0, c0, *weights)  # type: ignore[no-any-return]
+    h, c, _ = forward_step(cell, x, h0, c0, weights, keep=False)
     return h if c is None else (h, c)

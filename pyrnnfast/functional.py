@@ -19,7 +19,7 @@ Hidden = Tensor | tuple[Tensor, Tensor] | None
 
 Result = tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]
 
-_SERVED_DTYPES = (torch.float32, torch.float64)
+_SERVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -70,12 +70,21 @@ def _mode_obstacle() -> str | None:
     return None
 
 
-def _tensor_obstacle(name: str, tensor: Any, dtype: torch.dtype) -> str | None:
-    """Why not, from one operand."""
+def _plain(tensor: Any, dtype: torch.dtype) -> bool:
+    """Whether a kernel can read the tensor: asked of each operand at every call, so it has to be quick."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and tensor.dtype is dtype
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+    )
+
+
+def _tensor_obstacle(name: str, tensor: Any, dtype: torch.dtype) -> str:
+    """Why a tensor is not plain."""
     if type(tensor) not in _PLAIN:
         return f"{name} is {'a' if isinstance(tensor, Tensor) else 'no tensor but a'} {type(tensor).__name__}"
-    if tensor.is_cpu and tensor.dtype is dtype and tensor.layout is torch.strided and not tensor.is_neg():
-        return None
     if not tensor.is_cpu:
         return f"{name} is on {tensor.device}"
     if tensor.dtype is not dtype:
@@ -90,11 +99,10 @@ def _weights_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
         return "there are no weights"
     dtype = weights[0].dtype
     if dtype not in _SERVED_DTYPES:
-        return f"the kernels serve float32 and float64, not {dtype}"
+        return f"the kernels serve float32, float64 and bfloat16, not {dtype}"
     for weight in weights:
-        reason = _tensor_obstacle("a weight", weight, dtype)
-        if reason is not None:
-            return reason
+        if not _plain(weight, dtype):
+            return _tensor_obstacle("a weight", weight, dtype)
     return _shapes_obstacle(spec, weights)
 
 
@@ -103,12 +111,15 @@ def _shapes_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
     if len(weights) != spec.num_layers * directions * per_direction:
         return f"{spec.num_layers * directions * per_direction} weights are expected, got {len(weights)}"
     rows = passes.CELLS[spec.cell].gates * spec.hidden_size
-    for k, weight in enumerate(weights):
-        kind, layer = k % per_direction, k // (per_direction * directions)
-        inputs = spec.input_size if layer == 0 else spec.hidden_size * directions
-        expected = ((rows, inputs), (rows, spec.hidden_size), (rows,), (rows,))[kind]
-        if weight.shape != expected:
-            return f"a weight has the shape {list(weight.shape)}, where {list(expected)} is expected"
+    hidden, inputs = spec.hidden_size, spec.input_size
+    k = 0
+    for _ in range(spec.num_layers):
+        for _ in range(directions):
+            for expected in ((rows, inputs), (rows, hidden), (rows,), (rows,))[:per_direction]:
+                if weights[k].shape != expected:
+                    return f"a weight has the shape {list(weights[k].shape)}, where {list(expected)} is expected"
+                k += 1
+        inputs = hidden * directions
     return None
 
 
@@ -133,9 +144,8 @@ def obstacle(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Se
         return reason
     data = input.data if packed else input
     dtype = weights[0].dtype
-    reason = _tensor_obstacle("the input", data, dtype)
-    if reason is not None:
-        return reason
+    if not _plain(data, dtype):
+        return _tensor_obstacle("the input", data, dtype)
     assert isinstance(data, Tensor)
     time_dimensions = 0 if spec.single_step else 1
     if packed:
@@ -159,9 +169,8 @@ def obstacle(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Se
         states = hx
     expected = state_shape(spec, input)
     for state in states:
-        reason = _tensor_obstacle("hx", state, dtype)
-        if reason is not None:
-            return reason
+        if not _plain(state, dtype):
+            return _tensor_obstacle("hx", state, dtype)
         assert isinstance(state, Tensor)
         if state.shape != expected:
             return f"hx has the shape {list(state.shape)}, where {list(expected)} is expected"
@@ -219,9 +228,7 @@ def _run(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequen
     """A call without an obstacle, on our kernels; packed input has been checked."""
     if isinstance(input, PackedSequence):
         x, batch_sizes = input.data, input.batch_sizes
-        batch = int(batch_sizes[0])
-        call = passes.Call(spec.cell, batch, batch_sizes)
-        data, states = _run_layers(spec, call, x, _permuted(hx, input.sorted_indices), weights)
+        data, states = _run_layers(spec, x, batch_sizes, _permuted(hx, input.sorted_indices), weights)
         packed = PackedSequence(data, batch_sizes, input.sorted_indices, input.unsorted_indices)
         return packed, _permuted(states, input.unsorted_indices)
     batched = input.dim() == 3
@@ -232,7 +239,7 @@ def _run(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequen
         assert isinstance(output, Tensor)
         return output.squeeze(1), _map(states, Tensor.squeeze, 1)
     x = input.transpose(0, 1) if spec.batch_first else input
-    output, states = _run_layers(spec, passes.Call(spec.cell, x.shape[1], None), x, hx, weights)
+    output, states = _run_layers(spec, x, None, hx, weights)
     return output.transpose(0, 1) if spec.batch_first else output, states
 
 
@@ -249,7 +256,7 @@ def _permuted(states: Any, indices: Tensor | None) -> Any:
 
 
 def _run_layers(
-    spec: Spec, call: passes.Call, x: Tensor, hx: Hidden, weights: Sequence[Tensor]
+    spec: Spec, x: Tensor, batch_sizes: Tensor | None, hx: Hidden, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """Args: x: [T, B, I], or [N, I] when packed; hx: [layers·D, B, H] each."""
     h0, c0 = (hx, None) if hx is None or isinstance(hx, Tensor) else hx
@@ -263,7 +270,12 @@ def _run_layers(
             layer_weights = [w for d in range(directions) for w in (*layer_weights[2 * d : 2 * d + 2], None, None)]
         states = slice(k * directions, (k + 1) * directions)
         x, h, c = autograd.layer(
-            call, x, None if h0 is None else h0[states], None if c0 is None else c0[states], layer_weights
+            spec.cell,
+            x,
+            batch_sizes,
+            None if h0 is None else h0[states],
+            None if c0 is None else c0[states],
+            layer_weights,
         )
         h_n.append(h)
         c_n.append(c)
@@ -279,8 +291,7 @@ def _run_step(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor]) 
         states = _run_step(spec, input.unsqueeze(0), _map(hx, Tensor.unsqueeze, 0), weights)
         return _map(states, Tensor.squeeze, 0)  # type: ignore[no-any-return]
     h0, c0 = hx if isinstance(hx, (tuple, list)) else (hx, None)
-    call = passes.Call(spec.cell, input.shape[0], None)
-    return autograd.step(call, input, h0, c0, weights if spec.bias else (*weights, None, None))
+    return autograd.step(spec.cell, input, h0, c0, weights if spec.bias else (*weights, None, None))
 
 
 _STOCK_LAYERS: dict[str, Callable[..., torch.nn.Module]] = {

@@ -198,14 +198,19 @@ def result_weights(outputs: Outputs, seed: int = 2) -> Outputs:
 
 
 def gradients(
-    module: torch.nn.Module, x: Tensor, states: tuple[Tensor, ...], outputs: Outputs, used: tuple[str, ...] = OUTPUTS
+    module: torch.nn.Module,
+    x: Tensor,
+    states: tuple[Tensor, ...],
+    outputs: Outputs,
+    used: tuple[str, ...] = OUTPUTS,
+    weights: Outputs | None = None,
 ) -> dict[str, Tensor]:
     """The gradients of the input, the initial states and every parameter; only the outputs in ``used`` are used.
 
-    Gradients that no path leads to are absent.
+    Gradients that no path leads to are absent. ``weights``: ∂L/∂output, if not those of ``result_weights``.
     """
     chosen = {name: t for name, t in outputs.items() if name in used}
-    weights = result_weights(outputs)
+    weights = result_weights(outputs) if weights is None else weights
     leaves = {"x": x} | {f"state{i}": s for i, s in enumerate(states)} | dict(module.named_parameters())
     found = torch.autograd.grad(
         list(chosen.values()), list(leaves.values()), [weights[name] for name in chosen], allow_unused=True
@@ -244,7 +249,7 @@ def _table() -> Iterator[Case]:
         for batch in _BATCH:
             yield replace(plain, batch=batch, hidden=19)
         for steps in (1, 2, 5, 33):
-            # At T = 1 the kernels need no recurrent product at all.
+            # At T = 1 without initial states there is no recurrent product at all.
             yield replace(plain, steps=steps, batch=5)
             yield replace(plain, steps=steps, batch=1, initial=False)
             yield replace(plain, steps=steps, bidirectional=True)

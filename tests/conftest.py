@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from kernels import THRESHOLDS
 
 from pyrnnfast import _cpu
 
@@ -23,6 +24,8 @@ def _same_state() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     _cpu.select_instruction_set(instruction_set)
+    for name in THRESHOLDS:
+        _cpu.set_threshold(name, -1)
 
 
 @pytest.fixture(params=_cpu.instruction_sets())

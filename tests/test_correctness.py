@@ -7,11 +7,12 @@ from types import ModuleType
 import pytest
 import torch
 from cases import CELLS, OUTPUTS, SMALL, TABLE, Case, gradients
+from kernels import SCHEDULES, use
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import pyrnnfast
-from pyrnnfast import passes, reference
+from pyrnnfast import reference
 
 Results = dict[str, Tensor]
 
@@ -77,6 +78,16 @@ def test_float64_is_the_textbook(case: Case, instruction_set: str) -> None:
     for expected in (truth(case), run_torch(case, torch.float64)):
         for name, error in errors(found, expected).items():
             assert error <= 1e-13, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_values_under_any_schedule(case: Case, schedule: str, instruction_set: str) -> None:
+    """The sizes of the table are small, so by themselves they would see little of how large ones are cut up."""
+    use(schedule)
+    assert_as_accurate_as_torch(case, run(case, pyrnnfast, torch.float32))
+    for name, error in errors(run(case, pyrnnfast, torch.float64), truth(case)).items():
+        assert error <= 1e-13, f"{name}: {error:.2e}"
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -179,21 +190,6 @@ def test_inference_gives_the_bits_of_training(case: Case) -> None:
         assert torch.equal(t, without[name])
         assert torch.equal(t, inference[name])
         assert inference[name].is_inference()
-
-
-@pytest.mark.parametrize("case", TABLE, ids=str)
-def test_inference_in_stretches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The input product one step at a time: the same numbers to rounding, whatever the shape of torch's product."""
-    module = case.module(pyrnnfast)
-    x, states = case.operands()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        whole = case.run(module, x, states)
-        monkeypatch.setattr(passes, "_WORKSPACE_BYTES", 1)
-        torch.manual_seed(3)
-        stretched = case.run(module, x, states)
-    for name, value in whole.items():
-        torch.testing.assert_close(stretched[name], value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -7,12 +7,12 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from cases import CELLS, Case, gradients
+from kernels import SCHEDULES, Layer, forward_operands, run, use
 from torch import Tensor
 
 import pyrnnfast
@@ -20,97 +20,71 @@ from pyrnnfast import _cpu
 from pyrnnfast.passes import CELLS as WIDTHS
 
 
-@dataclass(frozen=True)
-class Size:
-    """A call large enough for the kernels to share it among threads: 2·G·N·H² of at least 4·10⁶ operations."""
-
-    batch_sizes: tuple[int, ...]
-    hidden: int
-    packed: bool = False
-
-    @property
-    def rows(self) -> int:
-        return sum(self.batch_sizes)
-
-    def __str__(self) -> str:
-        return f"{'packed' if self.packed else 'dense'}-T{len(self.batch_sizes)}-B{self.batch_sizes[0]}-H{self.hidden}"
+def operations(cell: str, layer: Layer) -> int:
+    """Of a pass, as csrc/cpu/schedule.cpp counts them: with 4·10⁶ or more it is shared among threads."""
+    products = 2 * WIDTHS[cell].gates * (layer.inputs + layer.hidden)
+    return layer.rows * layer.hidden * (products + 100)
 
 
 # Fewer than 8 rows: the units are shared. From 8 on: the rows, in as many groups as have 4 each, units within a group.
-SIZES = (
-    Size((1,) * 60, 193),
-    Size((2,) * 40, 200),
-    Size((7,) * 20, 150),
-    Size((8,) * 20, 150),
-    Size((13,) * 20, 131),
-    Size((33,) * 20, 100),
-    Size((1,) * 1300, 40),  # fewer blocks of units than threads
-    Size((9,) * 5 + (7,) * 5 + (2,) * 30 + (1,) * 20, 160, packed=True),
-    Size((23, 20, 20, 11, 8, 8, 7) + (5,) * 10 + (1,) * 20, 160, packed=True),
+LAYERS = (
+    Layer((1,) * 60, 193, directions=2),
+    Layer((2,) * 40, 200),
+    Layer((7,) * 20, 150, inputs=600),
+    Layer((8,) * 20, 150, directions=2),
+    Layer((13,) * 20, 131),
+    Layer((33,) * 20, 100, inputs=1),
+    Layer((1,) * 1300, 40),  # fewer blocks of units than threads
+    Layer((160,), 150, single_step=True),
+    Layer((9,) * 5 + (7,) * 5 + (2,) * 30 + (1,) * 20, 160, directions=2, packed=True),
+    Layer((23, 20, 20, 11, 8, 8, 7) + (5,) * 10 + (1,) * 20, 160, packed=True),
+    # Long, and in chunks whose steps have fewer and fewer rows: a group that runs ahead of another by a chunk shows.
+    Layer(tuple(size for size in range(64, 8, -2) for _ in range(6)), 100, packed=True),
 )
 
 
-def run_kernels(
-    cell: str, size: Size, reverse: bool, threads: int, dtype: torch.dtype, from_x: bool = False
-) -> dict[str, Tensor]:
-    """Forward and backward straight on ``_cpu``, with fixed operands; every output of both.
-
-    from_x: the kernel makes the input's half of the gates itself.
-    """
-    widths = WIDTHS[cell]
-    generator = torch.Generator().manual_seed(7)
-    B, N, H = size.batch_sizes[0], size.rows, size.hidden
-
-    def random(rows: int, columns: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(rows, columns, generator=generator)).to(dtype)
-
-    def out(rows: int, columns: int) -> Tensor:
-        return torch.full((rows, columns), float("nan"), dtype=dtype)
-
-    batch_sizes = torch.tensor(size.batch_sizes) if size.packed else None
-    weight_hh = random(widths.gates * H, H, H**-0.5)
-    if from_x:
-        inputs = None, random(N, 37), random(widths.gates * H, 37), random(1, widths.gates * H)
-    else:
-        inputs = random(N, widths.gates * H), None, None, None
-    h0, c0 = random(B, H), random(B, H) if widths.has_cell else None
-    bias_hn = random(1, H) if widths.inner_bias else None
-    results = {"y": out(N, H), "h_n": out(B, H), "dgates": out(N, widths.dgates * H)}
-    if widths.has_cell:
-        results |= {"c_n": out(B, H), "cells": out(N, H)}
-    if widths.saved:
-        results["saved"] = out(N, widths.saved * H)
-        results["carry"] = out(B, H)
-    get = results.get
-    _cpu.forward(
-        cell, *inputs, weight_hh, bias_hn, h0 @ weight_hh.t(), h0, c0,
-        results["y"], results["h_n"], get("c_n"), get("saved"), get("cells"), batch_sizes, reverse, threads,
-    )  # fmt: skip
-    grad_c_n = random(B, H) if widths.has_cell else None
-    _cpu.backward(
-        cell, B, results["y"], get("saved"), get("cells"), weight_hh, h0, c0, random(N, H), random(B, H), grad_c_n,
-        results["dgates"], get("carry"), batch_sizes, reverse, threads,
-    )  # fmt: skip
-    return results
+def assert_same_bits(cell: str, layer: Layer, dtype: torch.dtype, threads: tuple[int, ...]) -> None:
+    one = run(cell, layer, dtype)
+    assert all(t.isfinite().all() for t in one.values())
+    for count in threads:
+        for name, t in run(cell, layer, dtype, count).items():
+            assert torch.equal(t, one[name]), f"{name} in {dtype} with {count} threads"
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_bits_do_not_depend_on_threads(cell: str, size: Size, instruction_set: str) -> None:
+def test_bits_do_not_depend_on_threads(cell: str, layer: Layer, instruction_set: str) -> None:
     """More threads than cores among them; then the same again, which must not depend on what ran before."""
-    widths = WIDTHS[cell]
-    assert 2 * widths.gates * size.rows * size.hidden**2 >= 4e6, "too small to be shared"
-    for dtype, reverse, from_x in (
-        (torch.float32, False, False),
-        (torch.float64, True, False),
-        (torch.float32, True, True),
-        (torch.float64, False, True),
-    ):
-        one = run_kernels(cell, size, reverse, 1, dtype, from_x)
-        assert all(t.isfinite().all() for t in one.values())
-        for threads in (2, 3, 4, 1):
-            for name, t in run_kernels(cell, size, reverse, threads, dtype, from_x).items():
-                assert torch.equal(t, one[name]), f"{name} with {threads} threads"
+    assert operations(cell, layer) >= 4e6, "too small to be shared"
+    assert_same_bits(cell, layer, torch.float32, (2, 3, 4, 1))
+    assert_same_bits(cell, layer, torch.float64, (3,))
+    assert_same_bits(cell, layer, torch.bfloat16, (2,))
+
+
+# Groups of rows whose chunks have other numbers of rows for each step, and whose rows end at different steps.
+SMALL_LAYERS = (
+    Layer((1,) * 30, 21, inputs=5, directions=2),
+    Layer((3,) * 9, 70, inputs=20),
+    Layer((5,) * 9, 9, inputs=33),
+    Layer((8,) * 9, 35, inputs=3, directions=2),
+    Layer((14,) * 9, 20, inputs=520),
+    Layer((13,), 70, inputs=7, single_step=True),
+    Layer((13, 13, 12, 9, 9, 9, 5, 4) + (3,) * 4 + (1,) * 9, 40, inputs=6, directions=2, packed=True),
+    Layer((31, 20, 20, 11, 8, 8, 7) + (5,) * 10 + (1,) * 20, 19, packed=True),
+)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("layer", SMALL_LAYERS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_bits_do_not_depend_on_threads_under_any_schedule(
+    cell: str, layer: Layer, schedule: str, instruction_set: str
+) -> None:
+    use(schedule)
+    _cpu.set_threshold("serial_operations", 0)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        # Several times: what one thread takes from another too early or too late is not always wrong.
+        assert_same_bits(cell, layer, dtype, (2, 3, 2, 3))
 
 
 def in_fresh_process(code: str, timeout: float = 120, **environment: str) -> str:
@@ -160,13 +134,13 @@ def test_the_team_really_shares_the_work() -> None:
     """On several cores, processor time has to exceed the time on the wall."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core")
-    size = Size((16,) * 200, 256)
+    layer = Layer((16,) * 200, 256)
     used = {}
     for threads in (1, 2):
-        run_kernels("lstm", size, False, threads, torch.float32)
+        run("lstm", layer, torch.float32, threads)
         before = {int(t): task_time(t) for t in os.listdir("/proc/self/task")}
         for _ in range(5):
-            run_kernels("lstm", size, False, threads, torch.float32)
+            run("lstm", layer, torch.float32, threads)
         main = threading.get_native_id()
         used[threads] = sum(
             task_time(t) - before.get(int(t), 0) for t in os.listdir("/proc/self/task") if int(t) != main
@@ -226,12 +200,12 @@ def test_eight_threads_at_once_get_the_bits_of_one() -> None:
 
 
 def test_threads_that_compete_for_the_team_get_the_same_bits() -> None:
-    size = SIZES[4]
-    expected = {cell: run_kernels(cell, size, False, 1, torch.float32) for cell in CELLS}
+    layer = LAYERS[4]
+    expected = {cell: run(cell, layer, torch.float32) for cell in CELLS}
 
     def work(k: int) -> bool:
         cell = CELLS[k % len(CELLS)]
-        found = run_kernels(cell, size, False, 2, torch.float32)
+        found = run(cell, layer, torch.float32, 2)
         return all(torch.equal(t, expected[cell][name]) for name, t in found.items())
 
     with ThreadPoolExecutor(8) as pool:
@@ -240,20 +214,14 @@ def test_threads_that_compete_for_the_team_get_the_same_bits() -> None:
 
 def test_the_interpreter_is_free_during_a_call() -> None:
     """While a thread is inside one long kernel call, this one goes on."""
-    size = Size((16,) * 1500, 256)
+    operands = forward_operands("lstm", Layer((16,) * 1500, 256), torch.float32)
     times: dict[str, float] = {}
     inside = threading.Event()
-    real_forward = _cpu.forward
 
     def long_call() -> None:
-        widths = WIDTHS["lstm"]
-        N, H = size.rows, size.hidden
-        xgates, weight_hh = torch.randn(N, widths.gates * H), torch.randn(widths.gates * H, H) / 16
-        y, h_n, c_n = torch.empty(N, H), torch.empty(16, H), torch.empty(16, H)
         inside.set()
         times["begin"] = time.perf_counter()
-        inputs = xgates, None, None, None
-        real_forward("lstm", *inputs, weight_hh, None, None, None, None, y, h_n, c_n, None, None, None, False, 1)
+        _cpu.forward(*operands.values())
         times["end"] = time.perf_counter()
 
     thread = threading.Thread(target=long_call)
@@ -296,7 +264,7 @@ def test_a_data_loader_with_workers_after_parallel_work() -> None:
     torch.set_num_threads(2)
     data = Layers()
     expected = [data[i] for i in range(len(data))]
-    run_kernels("lstm", SIZES[5], False, 2, torch.float32)
+    run("lstm", LAYERS[5], torch.float32, 2)
     torch.mm(torch.ones(300, 300), torch.ones(300, 300))
     loader = torch.utils.data.DataLoader(
         data, batch_size=None, num_workers=2, timeout=60, multiprocessing_context="fork"
@@ -312,16 +280,16 @@ def test_a_forked_child_after_parallel_work() -> None:
     """Layers and torch's own products run on in the child, where torch's team is gone."""
     torch.set_num_threads(2)
     module, x = pyrnnfast.LSTM(64, 128), torch.randn(40, 16, 64)
-    run_kernels("lstm", SIZES[5], False, 2, torch.float32)
+    run("lstm", LAYERS[5], torch.float32, 2)
     big = torch.randn(400, 400)
     expected = module(x)[0].detach(), big @ big
-    kernel = run_kernels("gru", SIZES[4], False, 2, torch.float32)
+    kernel = run("gru", LAYERS[4], torch.float32, 2)
 
     def child(pipe: Any) -> None:
         product = big @ big
         y, _ = module(x)
         y.sum().backward()
-        again = run_kernels("gru", SIZES[4], False, torch.get_num_threads(), torch.float32)
+        again = run("gru", LAYERS[4], torch.float32, torch.get_num_threads())
         pipe.send(
             (
                 torch.allclose(y, expected[0], rtol=1e-5, atol=1e-6),
@@ -343,4 +311,4 @@ def test_a_forked_child_after_parallel_work() -> None:
     finally:
         process.kill()
     assert torch.get_num_threads() == 2
-    run_kernels("lstm", SIZES[5], False, 2, torch.float32)
+    run("lstm", LAYERS[5], torch.float32, 2)

@@ -1,5 +1,5 @@
 // Every kernel, for AVX-512 F.
-#include "recurrence.h"
+#include "instruction_set.h"
 
 namespace pyrnnfast {
 // constexpr: no code of this file runs at import.

@@ -1,5 +1,5 @@
 // Every kernel, for the baseline of the processor.
-#include "recurrence.h"
+#include "instruction_set.h"
 
 namespace pyrnnfast {
 // constexpr: no code of this file runs at import.

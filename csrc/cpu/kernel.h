@@ -1,5 +1,5 @@
-// What an instruction set offers: for each cell and type the passes forward and back, each cut into blocks of hidden
-// units so that schedule.cpp can share it among threads without knowing how wide a vector is.
+// What an instruction set offers: for each cell and type the passes forward and back, each in a few stages that
+// schedule.cpp runs in order and shares among threads without knowing how wide a vector is.
 #pragma once
 
 #include "../problem.h"
@@ -7,30 +7,78 @@
 
 namespace pyrnnfast {
 
-// One thread's part of a pass: rows × blocks of units. Threads that share rows meet at `barrier` after every step.
+// The call's own memory, apart from its operands. Elements are of the type that is computed with.
+enum Region {
+  kPackedHidden,  // W_hh in panels, for the recurrent product (weights.h)
+  kPackedInput,   // W_ih in panels, for the input's product (forward) or for dx (backward)
+  kBias,          // forward: [G·H + H] in the order of the tile; backward: the running sums of dgates' rows
+  kState0,        // forward: h before and after the step by turns, [B, H] each
+  kState1,
+  kCell,    // [B, H], forward: c of the last step; backward: what the cell carries back
+  kGates0,  // rows of one chunk, forward: the input's product; backward: dgates, by turns
+  kGates1,
+  kRows,       // rows of one chunk of x or dx, [chunk, I], where they have to be converted
+  kPanels,     // one panel for each thread
+  kSumsInput,  // dW_ih and dW_hh before they are rounded
+  kSumsHidden,
+  kRegions
+};
+
+// What schedule.cpp has decided about a call, and where its regions stand.
+struct Plan {
+  bool packed;         // weights are packed; else they are read where they lie, which pays for a few rows
+  int64_t chunk_rows;  // at most so many rows in a chunk of steps, unless one step has more
+  int threads;
+  void* region[kRegions];
+};
+
+// The steps [first, last) of time.
+struct Chunk {
+  int64_t first, last;
+  int index;  // in the order of the pass; −1: there is no such chunk
+};
+
+// One thread's part of a pass.
 struct Share {
+  int rank, size;  // of the whole team
+  // Of the recurrence: rows × blocks of units; no rows: nothing. Threads that share rows meet at `barrier` after each
+  // step.
   int64_t row_begin, row_end;
   int64_t block_begin, block_end;
-  Barrier* barrier;  // null: no other thread works on these rows
-  int parties;
+  int member, members;  // of those who share the rows
+  Barrier* barrier;     // null: nobody else
+
+  void meet() const {
+    if (barrier != nullptr) barrier->wait(members);
+  }
 };
 
 template <class P>
 struct Kernel {
-  int64_t (*blocks)(const P&);                                // of hidden units
-  int64_t (*packed_bytes)(const P&);                          // of the packed weights; 0: none are needed
-  void (*pack)(const P&, void* packed, int64_t block);        // the weights of one block
-  void (*sweep)(const P&, const void* packed, const Share&);  // all time steps
+  int64_t (*blocks)(const P&);                            // of hidden units
+  void (*layout)(const P&, const Plan&, int64_t* bytes);  // of each region
+  void (*begin)(const P&, const Plan&, const Share&);     // packs weights, sets the first states
+  // The recurrence over a chunk; `before` is the chunk that came before it in the order of the pass.
+  void (*sweep)(const P&, const Plan&, const Chunk& chunk, const Chunk& before, const Share&);
+  // The products over all rows of a chunk: before its sweep in the forward pass, after it in the backward pass.
+  void (*products)(const P&, const Plan&, const Chunk& chunk, const Share&);
+  void (*end)(const P&, const Plan&, const Chunk& last, const Share&);
 };
 
 using ActivationFn = void (*)(const void* x, void* out, int64_t count);
 enum class Activation { sigmoid, tanh };
 
+// out = a b for one thread's share of the rows; `panel` holds kDepth × kMaxVectors vectors.
+using ProductFn = void (*)(const Product&, void* panel, int rank, int size);
+
 struct InstructionSet {
   const char* name;
   Kernel<Forward> forward[kCellKinds][kDtypes];
   Kernel<Backward> backward[kCellKinds][kDtypes];
-  ActivationFn activation[2][kDtypes];  // for the tests of activations.h
+  // For benchmarks and tests, in float32 and float64.
+  ActivationFn activation[2][2];
+  ProductFn product[2];
+  int64_t product_panel_bytes;
 };
 
 extern const InstructionSet kGeneric;

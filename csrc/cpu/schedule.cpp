@@ -1,11 +1,16 @@
-// How a pass is shared among threads. A row's results do not depend on it, to the bit: each thread runs whole tiles,
-// and a tile's arithmetic does not depend on the rows beside it (tile.h).
+// How a pass is run: what is decided about it, its memory, its chunks of steps, and how all of it is shared among
+// threads. A row's results do not depend on the sharing, to the bit: each thread runs whole tiles, and a tile's
+// arithmetic does not depend on the rows beside it (tile.h).
 #include "schedule.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "dispatch.h"
@@ -13,38 +18,82 @@
 namespace pyrnnfast {
 namespace {
 
-// Below this many operations a call takes about as long as waking a team does (some 2 µs, more after a pause).
-constexpr double kSerialOperations = 4e6;
 // What finishing one unit of one row costs, beside its product, in operations of the product.
 constexpr double kTailOperations = 100;
 // With fewer rows than this a thread, tiles are too low to be efficient and threads share the units instead.
 constexpr int64_t kRowsPerThread = 4;
 
+// What set_threshold may change; a negative value: the one written here.
+struct Threshold {
+  const char* name;
+  std::atomic<int64_t> set{-1};
+
+  int64_t or_else(int64_t built_in) const {
+    const int64_t value = set.load(std::memory_order_relaxed);
+    return value < 0 ? built_in : value;
+  }
+};
+Threshold chunk_rows{"chunk_rows"};
+// Below this many operations a call takes about as long as waking a team does (some 2 µs, more after a pause).
+Threshold serial_operations{"serial_operations"};
+constexpr int64_t kSerialOperations = 4'000'000;
+// With so few rows in all, packing the weights costs more than it saves.
+Threshold unpacked_rows{"unpacked_rows"};
+constexpr int64_t kUnpackedRows = 8;
+// A single step reads its weights where they lie up to this batch size.
+Threshold unpacked_step{"unpacked_step"};
+constexpr int64_t kUnpackedStep = 64;
 struct AlignedDelete {
-  void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  size_t alignment;
+  void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t(alignment)); }
 };
 using Scratch = std::unique_ptr<std::byte[], AlignedDelete>;
 
-Scratch allocate(int64_t bytes) {
-  return Scratch(static_cast<std::byte*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t(64))));
+constexpr size_t kLargePage = size_t{2} << 20;
+
+// Large memory comes fresh from the system, page by page at the first touch: large pages are fewer. A wish only;
+// refusal is no error.
+void wish_for_large_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t end = (address + bytes) / kLargePage * kLargePage;
+  if (data != nullptr && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  static_cast<void>(data), static_cast<void>(bytes);
+#endif
 }
 
-// Steps in which any of the first `rows` sequences takes part, summed over those sequences.
-int64_t work(const Problem& p, int64_t rows) {
+Scratch allocate(size_t bytes) {
+  const size_t alignment = bytes >= 2 * kLargePage ? kLargePage : 64;
+  Scratch scratch(static_cast<std::byte*>(::operator new[](bytes, std::align_val_t(alignment))),
+                  AlignedDelete{alignment});
+  wish_for_large_pages(scratch.get(), bytes);
+  return scratch;
+}
+
+// The cost of the rows [begin, end) of every step, in rows: fewer than a low tile's take no less time, as the weights
+// have to be read all the same.
+int64_t cost(const Problem& p, int64_t begin, int64_t end) {
+  constexpr int64_t low_tile = 3;
   int64_t total = 0;
-  for (int64_t t = 0; t < p.steps; ++t) total += std::min(rows, p.offsets[t + 1] - p.offsets[t]);
+  for (int64_t t = 0; t < p.steps; ++t) {
+    const int64_t rows = std::min(end, p.offsets[t + 1] - p.offsets[t]) - begin;
+    if (rows > 0) total += std::max(rows, low_tile);
+  }
   return total;
 }
 
-// The first row of group g when the rows are cut into `groups` of equal work.
-int64_t row_bound(const Problem& p, int64_t g, int64_t groups) {
-  if (g == 0) return 0;
-  const int64_t total = p.offsets[p.steps];
-  if (total == p.steps * p.batch || g == groups) return p.batch * g / groups;
-  int64_t low = 0, high = p.batch;
+bool is_dense(const Problem& p) { return p.offsets[p.steps] == p.steps * p.batch; }
+
+// The end of a group of rows that begins at `begin`, when all rows from there on are cut into `groups` of equal cost.
+int64_t group_end(const Problem& p, int64_t begin, int64_t groups) {
+  int64_t low = begin, high = p.batch;
+  if (is_dense(p)) return begin + (p.batch - begin) / groups;
+  if (groups == 1) return p.batch;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (work(p, middle) * groups < total * g) {
+    if (cost(p, begin, middle) <= cost(p, middle, p.batch) / (groups - 1)) {
       low = middle + 1;
     } else {
       high = middle;
@@ -53,46 +102,168 @@ int64_t row_bound(const Problem& p, int64_t g, int64_t groups) {
   return low;
 }
 
+// The chunk after `before` in the order of the pass: as many steps as have at most `rows` rows, and at least one.
+Chunk next_chunk(const Problem& p, bool descending, const Chunk& before, int64_t rows) {
+  const int index = before.index + 1;
+  if (descending) {
+    const int64_t last = before.index < 0 ? p.steps : before.first;
+    int64_t first = last - 1;
+    while (first > 0 && p.offsets[last] - p.offsets[first - 1] <= rows) --first;
+    return {first, last, index};
+  }
+  const int64_t first = before.index < 0 ? 0 : before.last;
+  int64_t last = first + 1;
+  while (last < p.steps && p.offsets[last + 1] - p.offsets[first] <= rows) ++last;
+  return {first, last, index};
+}
+
+bool is_last(const Problem& p, bool descending, const Chunk& chunk) {
+  return descending ? chunk.first == 0 : chunk.last == p.steps;
+}
+
+// What differs between the passes.
+template <class P>
+struct Order;
+template <>
+struct Order<Forward> {
+  static constexpr bool products_first = true;
+  static bool descending(const Forward& p) { return p.reverse; }
+};
+template <>
+struct Order<Backward> {
+  static constexpr bool products_first = false;
+  static bool descending(const Backward& p) { return !p.reverse; }
+};
+
+int64_t gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
+
+Plan make_plan(const Forward& p) {
+  const int64_t rows = p.offsets[p.steps];
+  Plan plan{};
+  plan.packed =
+      rows > unpacked_rows.or_else(kUnpackedRows) && (p.steps > 1 || rows > unpacked_step.or_else(kUnpackedStep));
+  // Few, so that the chunk stays in the second cache; more where W_ih itself has to come from far away for each chunk.
+  const bool far = gates_of(p.cell) * p.hidden * p.inputs >= (int64_t{2} << 20);
+  plan.chunk_rows = chunk_rows.or_else(far ? 512 : 128);
+  return plan;
+}
+
+Plan make_plan(const Backward& p) {
+  const int64_t rows = p.offsets[p.steps];
+  Plan plan{};
+  plan.packed = rows > unpacked_rows.or_else(kUnpackedRows) || p.dtype == Dtype::bfloat16;
+  // Each chunk reads and writes dW once, and its dgates: this many rows balance the two.
+  plan.chunk_rows = chunk_rows.or_else(std::clamp<int64_t>(p.inputs + p.hidden, 256, 512));
+  return plan;
+}
+
+int groups_of(const Problem& p, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(p.batch / kRowsPerThread, 1, threads));
+}
+
 template <class P>
 struct Job {
   const P& problem;
   const Kernel<P>& kernel;
-  void* packed;
+  Plan plan;
   int64_t blocks;
-  std::vector<Barrier> barriers;  // [threads], one for each group of rows
-  Barrier packing;
+  std::vector<Barrier> barriers;  // of each group of rows
+  Barrier everyone;
 
-  static void body(void* context, int rank, int size) {
-    auto& job = *static_cast<Job*>(context);
-    if (job.packed != nullptr) {
-      for (int64_t b = rank; b < job.blocks; b += size) job.kernel.pack(job.problem, job.packed, b);
-      if (size > 1) job.packing.wait(size);
+  static void body(void* context, int rank, int size) { static_cast<Job*>(context)->run(rank, size); }
+
+  void run(int rank, int size) {
+    const Share share = share_for(rank, size);
+    const bool sweeps = share.row_begin < share.row_end;
+    const bool descending = Order<P>::descending(problem);
+    const bool places_change = groups_of(problem, size) > 1 && !is_dense(problem);
+    kernel.begin(problem, plan, share);
+    wait(size);
+    Chunk before{0, 0, -1};
+    for (bool last = false; !last;) {
+      const Chunk chunk = next_chunk(problem, descending, before, plan.chunk_rows);
+      // Groups share the room of a chunk's rows, and where batch sizes change, a row's place in it does from chunk to
+      // chunk.
+      if (Order<P>::products_first && places_change && chunk.index > 0) wait(size);
+      if (Order<P>::products_first && sweeps) kernel.products(problem, plan, chunk, share);
+      if (sweeps) kernel.sweep(problem, plan, chunk, before, share);
+      if (!Order<P>::products_first) {
+        // What a chunk's products read is not written again before all have come to the next chunk's.
+        wait(size);
+        kernel.products(problem, plan, chunk, share);
+      }
+      before = chunk;
+      last = is_last(problem, descending, chunk);
     }
-    // The team may be smaller than was asked for, and is known only here.
-    const int groups = static_cast<int>(std::clamp<int64_t>(job.problem.batch / kRowsPerThread, 1, size));
-    const int members = static_cast<int>(std::min<int64_t>(size / groups, job.blocks));
-    if (rank >= groups * members) return;
+    kernel.end(problem, plan, before, share);
+  }
+
+ private:
+  // The team may be smaller than was asked for, and is known only inside it.
+  Share share_for(int rank, int size) {
+    const int groups = groups_of(problem, size);
+    const int members = static_cast<int>(std::min<int64_t>(size / groups, blocks));
     const int group = rank / members, member = rank % members;
-    const Share share{row_bound(job.problem, group, groups),
-                      row_bound(job.problem, group + 1, groups),
-                      job.blocks * member / members,
-                      job.blocks * (member + 1) / members,
-                      members > 1 ? &job.barriers[static_cast<size_t>(group)] : nullptr,
-                      members};
-    job.kernel.sweep(job.problem, job.packed, share);
+    if (group >= groups) return Share{rank, size, 0, 0, 0, 0, 0, 1, nullptr};
+    int64_t begin = 0, end = group_end(problem, 0, groups);
+    for (int g = 1; g <= group; ++g) {
+      begin = end;
+      end = group_end(problem, begin, groups - g);
+    }
+    return {rank,
+            size,
+            begin,
+            end,
+            blocks * member / members,
+            blocks * (member + 1) / members,
+            member,
+            members,
+            members > 1 ? &barriers[static_cast<size_t>(group)] : nullptr};
+  }
+
+  void wait(int size) {
+    if (size > 1) everyone.wait(size);
   }
 };
 
+size_t element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// The large outputs, which the caller has just allocated.
+void prepare_output(const Matrix& m, int64_t rows, int64_t columns, size_t element) {
+  wish_for_large_pages(m.data, static_cast<size_t>((rows - 1) * m.stride + columns) * element);
+}
+void prepare_outputs(const Forward& p) {
+  const int64_t rows = p.offsets[p.steps];
+  prepare_output(p.y, rows, p.hidden, element_bytes(p.dtype));
+  prepare_output(p.saved, rows, p.hidden, element_bytes(p.dtype));
+  prepare_output(p.cells, rows, p.hidden, std::max<size_t>(element_bytes(p.dtype), 4));
+}
+void prepare_outputs(const Backward& p) { prepare_output(p.dx, p.offsets[p.steps], p.inputs, element_bytes(p.dtype)); }
+
 template <class P>
 void run_kernel(const P& p, const Kernel<P>& kernel, int threads) {
-  const auto rows = static_cast<double>(p.offsets[p.steps]);
-  const int64_t packed_bytes = kernel.packed_bytes(p);
-  const int64_t element = p.dtype == Dtype::float64 ? 8 : 4;
+  const int64_t rows = p.offsets[p.steps];
   const double operations =
-      rows * (2.0 * static_cast<double>(packed_bytes / element) + kTailOperations * static_cast<double>(p.hidden));
-  if (operations < kSerialOperations) threads = 1;
-  const Scratch packed = packed_bytes > 0 ? allocate(packed_bytes) : nullptr;
-  Job<P> job{p, kernel, packed.get(), kernel.blocks(p), std::vector<Barrier>(static_cast<size_t>(threads)), {}};
+      static_cast<double>(rows) * static_cast<double>(p.hidden) *
+      (2.0 * static_cast<double>(gates_of(p.cell)) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
+  if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
+  Plan plan = make_plan(p);
+  // A chunk has at least one step.
+  plan.chunk_rows = std::min(rows, std::max(plan.chunk_rows, p.batch));
+  plan.threads = threads;
+  int64_t bytes[kRegions] = {};
+  kernel.layout(p, plan, bytes);
+  // A cache line between the regions: two of the same power of two in size would fall upon one another in the caches.
+  constexpr size_t line = 64;
+  size_t begin[kRegions], total = 0;
+  for (int r = 0; r < kRegions; ++r) {
+    begin[r] = total;
+    if (bytes[r] > 0) total += (static_cast<size_t>(bytes[r]) + 2 * line - 1) / line * line;
+  }
+  const Scratch scratch = allocate(total);
+  for (int r = 0; r < kRegions; ++r) plan.region[r] = bytes[r] > 0 ? scratch.get() + begin[r] : nullptr;
+  prepare_outputs(p);
+  Job<P> job{p, kernel, plan, kernel.blocks(p), std::vector<Barrier>(static_cast<size_t>(threads)), {}};
   parallel(threads, Job<P>::body, &job);
 }
 
@@ -104,6 +275,32 @@ void run(const Forward& p, int threads) {
 
 void run(const Backward& p, int threads) {
   run_kernel(p, instruction_set_in_use().backward[static_cast<int>(p.cell)][static_cast<int>(p.dtype)], threads);
+}
+
+void run(const Product& p, int threads) {
+  const InstructionSet& isa = instruction_set_in_use();
+  struct Call {
+    const Product& problem;
+    ProductFn fn;
+    void* panel;
+  };
+  const Scratch panel = allocate(static_cast<size_t>(isa.product_panel_bytes * threads));
+  Call call{p, isa.product[static_cast<int>(p.dtype)], panel.get()};
+  const auto body = [](void* context, int rank, int size) {
+    const auto& c = *static_cast<const Call*>(context);
+    c.fn(c.problem, c.panel, rank, size);
+  };
+  parallel(threads, body, &call);
+}
+
+void set_threshold(const std::string& name, int64_t value) {
+  for (Threshold* threshold : {&chunk_rows, &unpacked_rows, &unpacked_step, &serial_operations}) {
+    if (name == threshold->name) {
+      threshold->set = value;
+      return;
+    }
+  }
+  throw std::invalid_argument("there is no threshold '" + name + "'");
 }
 
 }  // namespace pyrnnfast

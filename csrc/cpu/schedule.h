@@ -1,6 +1,8 @@
 // Runs one checked problem: picks the kernel of the instruction set in use, packs the weights, shares the work.
 #pragma once
 
+#include <string>
+
 #include "kernel.h"
 
 namespace pyrnnfast {
@@ -8,5 +10,11 @@ namespace pyrnnfast {
 // At most `threads` threads. Throws std::bad_alloc, and then nothing has been written.
 void run(const Forward& problem, int threads);
 void run(const Backward& problem, int threads);
+void run(const Product& problem, int threads);
+
+// Thresholds of the schedule, which results do not depend on but for rounding: tests set them to reach every road with
+// small sizes. `name` is "chunk_rows", "unpacked_rows", "unpacked_step" or "serial_operations"; a negative value
+// restores the built-in one. Throws std::invalid_argument for another name.
+void set_threshold(const std::string& name, int64_t value);
 
 }  // namespace pyrnnfast

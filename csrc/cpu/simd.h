@@ -16,6 +16,11 @@
 namespace pyrnnfast {
 namespace {
 
+// bfloat16 as it lies in memory: the upper half of a float32.
+struct Bf16 {
+  uint16_t bits;
+};
+
 template <class T>
 struct Bits;
 template <>
@@ -45,6 +50,44 @@ struct Simd {
   static Value splat(T x) { return x - Value{}; }
   static Value load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static void store(T* p, Value v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+  // bfloat16: widened where it is read; rounded to the nearest, ties to even, where it is written.
+  static Value load(const Bf16* p) {
+#if defined(__AVX512F__)
+    if constexpr (Bytes == 64) {
+      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (Bytes == 32) {
+      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    }
+#endif
+    Mask wide;
+    for (int i = 0; i < lanes; ++i) wide[i] = p[i].bits << 16;
+    return reinterpret_cast<Value>(wide);
+  }
+  static void store(Bf16* p, Value v) {
+    const Mask rounded = upper_half(v);
+#if defined(__AVX512F__)
+    if constexpr (Bytes == 64) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded)));
+      return;
+    }
+#endif
+    for (int i = 0; i < lanes; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
+  }
+  static Value load_part(const Bf16* p, int n) {
+    Mask wide{};
+    for (int i = 0; i < n; ++i) wide[i] = p[i].bits << 16;
+    return reinterpret_cast<Value>(wide);
+  }
+  static void store_part(Bf16* p, Value v, int n) {
+    const Mask rounded = upper_half(v);
+    for (int i = 0; i < n; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
+  }
 
   // The first n of the lanes, 0 < n < lanes; the others read as zero and are not touched in memory.
   static Value load_part(const T* p, int n) {
@@ -86,6 +129,12 @@ struct Simd {
     return a * b + c;
   }
 
+  // Lane i of the result is the sum of the lanes of v[i]. Uses up `v`.
+  static Value sum_each(Value (&v)[lanes]) {
+    fold<lanes / 2>(v);
+    return v[0];
+  }
+
   // NaN in v stays NaN (the x86 instructions return their second operand then).
   static Value clamp(Value v, Value low, Value high) {
 #if defined(__AVX512F__)
@@ -101,6 +150,38 @@ struct Simd {
   }
 
  private:
+  // The bits of v's upper half after rounding, in the lower half of each lane; NaN stays NaN.
+  static Mask upper_half(Value v) {
+    const Mask bits = reinterpret_cast<Mask>(v);
+    const Mask rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16) & 0xFFFF;
+    return v != v ? Mask{} + 0x7FC0 : rounded;
+  }
+
+  template <int... I>
+  struct Indices {};
+  template <int N, int... I>
+  struct Count : Count<N - 1, N - 1, I...> {};
+  template <int... I>
+  struct Count<0, I...> {
+    using Type = Indices<I...>;
+  };
+
+  // Of each group of 2·Width lanes the lower (Part = 0) or upper (1) half, from a and b side by side.
+  template <int Width, int Part, int... L>
+  static Value halves(Value a, Value b, Indices<L...>) {
+    return __builtin_shufflevector(
+        a, b, (L / (2 * Width) * (2 * Width) + L % Width + Part * Width + (L % (2 * Width) < Width ? 0 : lanes))...);
+  }
+  // Adds up pairs of lanes `Width` apart, and so on down to neighbours; half of the vectors are left after each step.
+  template <int Width>
+  static void fold(Value (&v)[lanes]) {
+    using All = typename Count<lanes>::Type;
+    for (int i = 0; i < Width; ++i) {
+      v[i] = halves<Width, 0>(v[i], v[i + Width], All{}) + halves<Width, 1>(v[i], v[i + Width], All{});
+    }
+    if constexpr (Width > 1) fold<Width / 2>(v);
+  }
+
   static Mask first(int n) {
     Mask lane;
     for (int i = 0; i < lanes; ++i) lane[i] = i;

@@ -1,6 +1,6 @@
-// The register tile: a few rows of the previous step times one panel of recurrent weights.
+// The register tile, of which every product is made: a few rows times one panel.
 //
-//   tile[m][v·lanes + lane] = Σ_k a[m][k] · panel[k][v·lanes + lane]      m < Rows, v < Vectors
+//   out[m][v·lanes + lane] (+)= Σ_k a[m, k] · panel[k][v·lanes + lane]      m < Rows, v < Vectors
 //
 // Each element is one chain of multiply-adds over k (two, of even and odd k, in the small-batch family), whatever the
 // number of rows beside it: a row's bits do not depend on how rows are shared among tiles and threads.
@@ -13,74 +13,110 @@ namespace {
 
 inline constexpr int kMaxVectors = 4;
 
-template <class S>
-using ProductFn = void (*)(const typename S::Scalar* a, int64_t a_stride, const typename S::Scalar* panel,
-                           int64_t depth, typename S::Scalar* tile, bool add);
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <class S, int Vectors, int Rows, int Chains>
-void product(const typename S::Scalar* a, int64_t a_stride, const typename S::Scalar* panel, int64_t depth,
-             typename S::Scalar* tile, bool add) {
+// Where the elements of a matrix stand: a[m, k] at data[m · row + k · depth].
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, depth;
+};
+
+// `width` elements for each k, `stride` apart; they may be narrower in memory (P) than what is computed with. `ahead`
+// is where the next panel begins, which a product brings nearer meanwhile, a line at each k: the processor does not
+// know of it. Null: there is none.
+template <class P>
+struct Panel {
+  const P* data;
+  int64_t stride;
+  const P* ahead = nullptr;
+
+  static constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(P));
+  // For tile number `index` of those that use this panel: the first ones bring the next panel, each its part.
+  Panel for_tile(int64_t index, int64_t depth) const {
+    const bool brings = ahead != nullptr && index * line < stride;
+    return {data, stride, brings ? ahead + index * depth * line : nullptr};
+  }
+};
+
+template <class S, class P>
+using TileFn = void (*)(Left<typename S::Scalar> a, Panel<P> panel, int64_t depth, typename S::Scalar* out,
+                        int64_t out_stride, bool add);
+
+template <class S, class P, int Vectors, int Rows, int Chains>
+void product(Left<typename S::Scalar> a, Panel<P> panel, int64_t depth, typename S::Scalar* out, int64_t out_stride,
+             bool add) {
+  using T = typename S::Scalar;
   using V = typename S::Value;
-  constexpr int width = Vectors * S::lanes;
   V sum[Chains][Rows][Vectors];
 #pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      sum[0][m][v] = add ? S::load(tile + m * width + v * S::lanes) : V{};
+      sum[0][m][v] = add ? S::load(out + m * out_stride + v * S::lanes) : V{};
       if constexpr (Chains == 2) sum[1][m][v] = V{};
     }
   }
-  const auto step = [&](int64_t k, auto& chain) {
+  const T* row[Rows];
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m) row[m] = a.data + m * a.row;
+  const P* weights = panel.data;
+  const P* ahead = panel.ahead == nullptr ? panel.data : panel.ahead;
+  int64_t at = 0;
+  const auto step = [&](auto& chain) {
     V weight[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      weight[v] = S::load(panel + k * width + v * S::lanes);
-    }
+    for (int v = 0; v < Vectors; ++v) weight[v] = S::load(weights + v * S::lanes);
 #pragma GCC unroll 8
     for (int m = 0; m < Rows; ++m) {
-      const V x = S::splat(a[m * a_stride + k]);
+      const V x = S::splat(row[m][at]);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) chain[m][v] = S::fma(x, weight[v], chain[m][v]);
+    }
+    weights += panel.stride;
+    at += a.depth;
+    if constexpr (Chains == 1) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += Panel<P>::line;
     }
   };
   int64_t k = 0;
   for (; k + 1 < depth; k += 2) {
-    step(k, sum[0]);
-    step(k + 1, sum[Chains - 1]);
+    step(sum[0]);
+    step(sum[Chains - 1]);
   }
-  if (k < depth) step(k, sum[0]);
+  if (k < depth) step(sum[0]);
 #pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       V total = sum[0][m][v];
       if constexpr (Chains == 2) total = total + sum[1][m][v];
-      S::store(tile + m * width + v * S::lanes, total);
+      S::store(out + m * out_stride + v * S::lanes, total);
     }
   }
 }
 
 // Which products exist: up to six rows where there are 32 registers, three where there are 16. A batch that fits half a
 // tile would leave the multipliers waiting for one another's results, so it gets two chains instead.
-template <class S>
+template <class S, class P>
 struct Products {
   static constexpr int max_rows = S::registers == 32 ? 6 : 3;
   static constexpr int small_batch = max_rows / 2;
 
   static int rows(int64_t batch) { return batch <= small_batch ? small_batch : max_rows; }
 
-  static ProductFn<S> find(int64_t batch, int vectors, int rows) {
+  static TileFn<S, P> find(int64_t batch, int vectors, int rows) {
     return batch <= small_batch ? small[vectors - 1][rows - 1] : large[vectors - 1][rows - 1];
   }
 
  private:
   template <int Vectors, int Chains, int... Row>
   struct Table {
-    static constexpr ProductFn<S> row[sizeof...(Row)] = {product<S, Vectors, Row, Chains>...};
+    static constexpr TileFn<S, P> row[sizeof...(Row)] = {product<S, P, Vectors, Row, Chains>...};
   };
   template <int Vectors>
-  static constexpr const ProductFn<S>* large_row() {
+  static constexpr const TileFn<S, P>* large_row() {
     if constexpr (max_rows == 6) {
       return Table<Vectors, 1, 1, 2, 3, 4, 5, 6>::row;
     } else {
@@ -88,18 +124,91 @@ struct Products {
     }
   }
   template <int Vectors>
-  static constexpr const ProductFn<S>* small_row() {
+  static constexpr const TileFn<S, P>* small_row() {
     if constexpr (small_batch == 3) {
       return Table<Vectors, 2, 1, 2, 3>::row;
     } else {
       return Table<Vectors, 2, 1>::row;
     }
   }
-  static constexpr const ProductFn<S>* large[kMaxVectors] = {large_row<1>(), large_row<2>(), large_row<3>(),
+  static constexpr const TileFn<S, P>* large[kMaxVectors] = {large_row<1>(), large_row<2>(), large_row<3>(),
                                                              large_row<4>()};
-  static constexpr const ProductFn<S>* small[kMaxVectors] = {small_row<1>(), small_row<2>(), small_row<3>(),
+  static constexpr const TileFn<S, P>* small[kMaxVectors] = {small_row<1>(), small_row<2>(), small_row<3>(),
                                                              small_row<4>()};
 };
+
+// Any number of rows times one panel of `columns` ≤ vectors · lanes columns; the panel has all of them, `out` only
+// those. `whole` is how many rows all threads have together: it decides the family, so that no bits depend on the
+// share.
+template <class S, class P>
+void multiply(Left<typename S::Scalar> a, int64_t rows, int64_t whole, Panel<P> panel, int columns, int64_t depth,
+              typename S::Scalar* out, int64_t out_stride, bool add) {
+  using T = typename S::Scalar;
+  const int vectors = static_cast<int>(ceil_div(columns, S::lanes));
+  const int width = vectors * S::lanes;
+  const int tallest = Products<S, P>::rows(whole);
+  for (int64_t first = 0, index = 0; first < rows; ++index) {
+    const int64_t left = rows - first;
+    const int height = static_cast<int>(ceil_div(left, ceil_div(left, tallest)));
+    const auto tile_product = Products<S, P>::find(whole, vectors, height);
+    const Left<T> part{a.data + first * a.row, a.row, a.depth};
+    T* to = out + first * out_stride;
+    if (add) {
+      for (int64_t m = height; m < 2 * height && m < left; ++m) {
+        for (int i = 0; i < columns; i += static_cast<int>(64 / sizeof(T)))
+          __builtin_prefetch(to + m * out_stride + i, 1);
+      }
+    }
+    const Panel<P> own = panel.for_tile(index, depth);
+    if (columns == width) {
+      tile_product(part, own, depth, to, out_stride, add);
+    } else {
+      alignas(64) T tile[Products<S, P>::max_rows * kMaxVectors * S::lanes];
+      tile_product(part, own, depth, tile, width, false);
+      for (int m = 0; m < height; ++m) {
+        for (int i = 0; i < columns; ++i) {
+          to[m * out_stride + i] = add ? to[m * out_stride + i] + tile[m * width + i] : tile[m * width + i];
+        }
+      }
+    }
+    first += height;
+  }
+}
+
+// out[i] = Σ_k a[k] · weights[i][k] for the `present` ≤ lanes rows of a matrix read where it lies, without packing: for
+// calls with too few rows to pay for that. The result has a whole vector.
+template <class S, class A, class P>
+typename S::Value dots(const A* a, const P* weights, int64_t weight_stride, int present, int64_t depth) {
+  using V = typename S::Value;
+  // Several rows at once, so that the multipliers need not wait for one another's results.
+  constexpr int group = S::lanes < 8 ? S::lanes : 8;
+  V sums[S::lanes];
+  for (int first = 0; first < S::lanes; first += group) {
+    const P* row[group];
+    V sum[group];
+#pragma GCC unroll 8
+    for (int i = 0; i < group; ++i) {
+      // Rows that do not exist repeat the last.
+      row[i] = weights + (first + i < present ? first + i : present - 1) * weight_stride;
+      sum[i] = V{};
+    }
+    int64_t k = 0;
+    for (; k + S::lanes <= depth; k += S::lanes) {
+      const V x = S::load(a + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < group; ++i) sum[i] = S::fma(x, S::load(row[i] + k), sum[i]);
+    }
+    const int left = static_cast<int>(depth - k);
+    if (left > 0) {
+      const V x = S::load_part(a + k, left);
+#pragma GCC unroll 8
+      for (int i = 0; i < group; ++i) sum[i] = S::fma(x, S::load_part(row[i] + k, left), sum[i]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < group; ++i) sums[first + i] = sum[i];
+  }
+  return S::sum_each(sums);
+}
 
 }  // namespace
 }  // namespace pyrnnfast

@@ -1,0 +1,457 @@
+// Back through time, a chunk of steps at a time, and each chunk's products while its dgates are in the cache: they are
+// never written to memory as a whole.
+//
+// A step: dgates of the step that came before (the later one, in a layer that runs forward) times W_hh, a tile at a
+// time, and the cell's derivatives while the tile is in the first cache. Rows whose sequence starts here take ∂L/∂h_n
+// instead of the product.
+#pragma once
+
+#include "../activations.h"
+#include "../cells.h"
+#include "rows.h"
+
+namespace pyrnnfast {
+namespace {
+
+// E: the type of the operands in memory.
+template <class Cell, class S, class E>
+struct BackwardPass {
+  using T = typename S::Scalar;
+  using V = typename S::Value;
+  using Math = VectorMath<S>;
+  static constexpr int gates = Cell::gates;
+  static constexpr int unit_vectors = kMaxVectors;
+
+  static int64_t blocks(const Backward& p) { return ceil_div(p.hidden, unit_vectors * S::lanes); }
+  static Block block(const Backward& p, int64_t index) { return block_at<S>(p.hidden, unit_vectors, index); }
+
+  // A cache line more than a row needs: rows a power of two apart would fall upon one another in the caches.
+  static int64_t dgates_stride(const Backward& p) {
+    return padded<S>(Cell::dgates * p.hidden) + 64 / static_cast<int64_t>(sizeof(T));
+  }
+  static bool needs_hidden(const Backward& p) { return p.steps > 1 || p.dh0.data != nullptr; }
+  static bool narrow(const Backward& p) { return !kSame<T, E> && p.batch < 8; }
+
+  static void layout(const Backward& p, const Plan& plan, int64_t* bytes) {
+    constexpr auto size = static_cast<int64_t>(sizeof(T));
+    // Unpacked, only a last block that is not whole has to be copied.
+    if (needs_hidden(p)) {
+      const int64_t columns = plan.packed ? padded<S>(p.hidden) : unit_vectors * S::lanes;
+      bytes[kPackedHidden] = size * gates * p.hidden * columns;
+    }
+    if (p.dx.data != nullptr) {
+      const int64_t columns = plan.packed ? padded<S>(p.inputs) : unit_vectors * S::lanes;
+      bytes[kPackedInput] = size * gates * p.hidden * columns;
+      if (!kSame<T, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
+    }
+    bytes[kBias] = size * Cell::dgates * p.hidden;
+    if (Cell::has_carry) bytes[kCell] = size * p.batch * padded<S>(p.hidden);
+    bytes[kGates0] = bytes[kGates1] = size * plan.chunk_rows * dgates_stride(p);
+    bytes[kPanels] = size * plan.threads * kDepth * kMaxVectors * S::lanes;
+    if (!kSame<T, E>) {
+      if (p.dweight_ih.data != nullptr) bytes[kSumsInput] = size * gates * p.hidden * p.inputs;
+      if (p.dweight_hh.data != nullptr) bytes[kSumsHidden] = size * gates * p.hidden * p.hidden;
+    }
+  }
+
+  static void begin(const Backward& p, const Plan& plan, const Share& share) {
+    if (needs_hidden(p)) {
+      for (int64_t index = share.rank; index < blocks(p); index += share.size) {
+        const Block b = block(p, index);
+        if (narrow(p)) {
+          pack<E>(p, p.weight_hh, b, hidden_panel<E>(p, plan, b));
+        } else if (!lies_ready(plan, b)) {
+          pack<T>(p, p.weight_hh, b, packed_panel<T>(p, plan, kPackedHidden, b));
+        }
+      }
+    }
+    if (p.dx.data != nullptr) {
+      for (int64_t index = share.rank; index < input_blocks(p); index += share.size) {
+        const Block b = input_block(p, index);
+        if (!lies_ready(plan, b)) pack<T>(p, p.weight_ih, b, packed_panel<T>(p, plan, kPackedInput, b));
+      }
+    }
+    if constexpr (Cell::has_carry) {
+      // The LSTM carries ∂L/∂c, and starts with that of c_n. The GRU's ∂L/∂h_n comes in place of the product.
+      const int64_t units = padded<S>(p.hidden);
+      const int64_t row_end = share_of(p.batch, share.rank + 1, share.size);
+      for (int64_t row = share_of(p.batch, share.rank, share.size); row < row_end; ++row) {
+        const E* first = Cell::has_cell ? row_or_null<E>(p.grad_c_n, row) : nullptr;
+        widen_row<S>(first, p.hidden, region<T>(plan, kCell) + row * units);
+      }
+    }
+  }
+
+  static void sweep(const Backward& p, const Plan& plan, const Chunk& chunk, const Chunk& before, const Share& share) {
+    const int tallest = Products<S, T>::rows(p.batch);
+    const int64_t count = chunk.last - chunk.first;
+    const int64_t own_blocks = share.block_end - share.block_begin;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t t = p.reverse ? chunk.first + i : chunk.last - 1 - i;
+      const int64_t t_before = p.reverse ? t - 1 : t + 1;
+      const int64_t active = active_rows(p, t), active_before = active_rows(p, t_before);
+      const int64_t end = active < share.row_end ? active : share.row_end;
+      const int64_t continuing = active_before < end ? active_before : end;
+      const int64_t leaving = active_before < share.row_end ? active_before : share.row_end;
+      // The dgates of the step before, of row 0.
+      const T* dgates = active_before == 0 ? nullptr : dgates_at(p, plan, i == 0 ? before : chunk, t_before);
+      for (int64_t j = 0; j < own_blocks; ++j) {
+        // To and fro, so that each step begins with the weights that the last one has left in the cache.
+        const bool ascending = t % 2 == 0;
+        const Block b = block(p, ascending ? share.block_begin + j : share.block_end - 1 - j);
+        const int turn = j + 1 == own_blocks || !plan.packed ? 0 : ascending ? 1 : -1;
+        int index = 0;
+        for (int64_t row = share.row_begin; row < end; ++index) {
+          const bool continues = row < continuing;
+          const int64_t left = (continues ? continuing : end) - row;
+          const int rows = static_cast<int>(ceil_div(left, ceil_div(left, tallest)));
+          one_tile(p, plan, chunk, Place{t, row, rows, index, turn}, b, continues ? dgates : nullptr);
+          row += rows;
+        }
+        // Sequences that had their first step just before, in a layer that runs backward.
+        const int64_t first = end > share.row_begin ? end : share.row_begin;
+        if (p.dh0.data != nullptr && first < leaving) leave(p, plan, b, first, leaving, dgates);
+      }
+      share.meet();
+    }
+  }
+
+  // dx of the chunk's rows, and what they add to dW_ih, dW_hh and the biases' gradients.
+  static void products(const Backward& p, const Plan& plan, const Chunk& chunk, const Share& share) {
+    const int rank = share.rank, size = share.size;
+    const int64_t rows = chunk_rows(p, chunk);
+    const T* dgates = dgates_at(p, plan, chunk, chunk.first);
+    if (p.dx.data != nullptr) {
+      input_gradient(p, plan, chunk, dgates, share_of(rows, rank, size), share_of(rows, rank + 1, size));
+    }
+    const bool again = chunk.index > 0;
+    if (p.dweight_ih.data != nullptr) {
+      const auto source = [&](const Cursor& at_row) { return at<const E>(p.x, at_row.flat, 0); };
+      weight_gradient(p, plan, chunk, dgates, source, p.inputs, false,
+                      Sums{sums(p.dweight_ih, plan, kSumsInput), sums_stride(p.dweight_ih, p.inputs), again}, rank,
+                      size);
+    }
+    if (p.dweight_hh.data != nullptr) {
+      const auto source = [&](const Cursor& at_row) { return previous_h(p, at_row.t, at_row.row); };
+      weight_gradient(p, plan, chunk, dgates, source, p.hidden, true,
+                      Sums{sums(p.dweight_hh, plan, kSumsHidden), sums_stride(p.dweight_hh, p.hidden), again}, rank,
+                      size);
+    }
+    if (p.dbias_ih.data != nullptr || p.dbias_hh.data != nullptr) {
+      const int64_t columns = Cell::dgates * p.hidden;
+      add_up(dgates, dgates_stride(p), rows, share_of(columns, rank, size), share_of(columns, rank + 1, size), again,
+             region<T>(plan, kBias));
+    }
+  }
+
+  static void end(const Backward& p, const Plan& plan, const Chunk& last, const Share& share) {
+    const int rank = share.rank, size = share.size;
+    const int64_t t = p.reverse ? p.steps - 1 : 0;
+    const int64_t units = padded<S>(p.hidden);
+    const int64_t row_begin = share_of(p.batch, rank, size), row_end = share_of(p.batch, rank + 1, size);
+    if (p.dh0.data != nullptr) {
+      const int64_t active = active_rows(p, t), leaving = row_end < active ? row_end : active;
+      const T* dgates = dgates_at(p, plan, last, t);
+      for (int64_t index = 0; index < blocks(p) && row_begin < leaving; ++index) {
+        leave(p, plan, block(p, index), row_begin, leaving, dgates);
+      }
+    }
+    if constexpr (Cell::has_cell) {
+      for (int64_t row = row_begin; p.dc0.data != nullptr && row < row_end; ++row) {
+        narrow_row<S>(region<T>(plan, kCell) + row * units, p.hidden, at<E>(p.dc0, row, 0), false);
+      }
+    }
+    // Each thread rounds what it has added up itself.
+    if constexpr (!kSame<T, E>) {
+      const int64_t gate_rows = gates * p.hidden;
+      for (int64_t row = share_of(gate_rows, rank, size); row < share_of(gate_rows, rank + 1, size); ++row) {
+        if (p.dweight_ih.data != nullptr)
+          narrow_row<S>(region<T>(plan, kSumsInput) + row * p.inputs, p.inputs, at<E>(p.dweight_ih, row, 0), false);
+        if (p.dweight_hh.data != nullptr)
+          narrow_row<S>(region<T>(plan, kSumsHidden) + row * p.hidden, p.hidden, at<E>(p.dweight_hh, row, 0), false);
+      }
+    }
+    const int64_t columns = Cell::dgates * p.hidden;
+    const int64_t first = share_of(columns, rank, size), end = share_of(columns, rank + 1, size);
+    if (p.dbias_ih.data != nullptr) copy_bias(p, plan, first, end, 0, gates * p.hidden, p.dbias_ih, 0);
+    if (p.dbias_hh.data != nullptr) {
+      int64_t to = 0;
+      for (const Segment& s : Cell::segment) {
+        copy_bias(p, plan, first, end, s.begin * p.hidden, (s.begin + s.length) * p.hidden, p.dbias_hh, to);
+        to += s.length * p.hidden;
+      }
+    }
+  }
+
+ private:
+  // Tile number `index` of those that use its panel, after which comes the panel `turn` places on.
+  struct Place {
+    int64_t t, row;
+    int rows;
+    int index, turn;
+  };
+  // A row of the data: row `row` of step t.
+  struct Cursor {
+    int64_t flat, t, row;
+  };
+  // A sum in the making: the first time it is written, then added to.
+  struct Sums {
+    T* data;
+    int64_t stride;
+    bool again;
+  };
+
+  static int64_t input_blocks(const Backward& p) { return ceil_div(p.inputs, kMaxVectors * S::lanes); }
+  static Block input_block(const Backward& p, int64_t index) { return block_at<S>(p.inputs, kMaxVectors, index); }
+
+  // Whether a block of columns is read where it lies.
+  static bool lies_ready(const Plan& plan, const Block& b) {
+    return kSame<T, E> && !plan.packed && b.present == b.vectors * S::lanes;
+  }
+  template <class P>
+  static P* packed_panel(const Backward& p, const Plan& plan, Region r, const Block& b) {
+    return region<P>(plan, r) + (plan.packed ? gates * p.hidden * b.first : 0);
+  }
+  template <class P>
+  static P* hidden_panel(const Backward& p, const Plan& plan, const Block& b) {
+    return packed_panel<P>(p, plan, kPackedHidden, b);
+  }
+  static Panel<T> panel(const Backward& p, const Plan& plan, const Matrix& weight, Region r, const Block& b) {
+    if constexpr (kSame<T, E>) {
+      if (lies_ready(plan, b)) return {at<const T>(weight, 0, b.first), weight.stride};
+    }
+    return {packed_panel<T>(p, plan, r, b), b.vectors * S::lanes};
+  }
+  template <class P>
+  static void pack(const Backward& p, const Matrix& weight, const Block& b, P* to) {
+    pack_by_column<S>(static_cast<const E*>(weight.data), weight.stride, gates * p.hidden, b, to);
+  }
+
+  static T* dgates_at(const Backward& p, const Plan& plan, const Chunk& chunk, int64_t t) {
+    T* rows = region<T>(plan, chunk.index % 2 == 0 ? kGates0 : kGates1);
+    return rows + (p.offsets[t] - p.offsets[chunk.first]) * dgates_stride(p);
+  }
+
+  // h of the step before in time's order of the layer, null for zeros.
+  static const E* previous_h(const Backward& p, int64_t t, int64_t row) {
+    const int64_t t_prev = p.reverse ? t + 1 : t - 1;
+    return row < active_rows(p, t_prev) ? at<const E>(p.y, p.offsets[t_prev] + row, 0) : row_or_null<E>(p.h0, row);
+  }
+
+  // tile = dgates W_hh for a block of units.
+  static void recurrent_product(const Backward& p, const Plan& plan, const Block& b, const T* dgates,
+                                const Place& place, T* tile) {
+    if (narrow(p)) {
+      const int width = b.vectors * S::lanes;
+      recurrent_product(p, Panel<E>{hidden_panel<E>(p, plan, b), width}, b, dgates, place, tile);
+    } else {
+      Panel<T> weights = panel(p, plan, p.weight_hh, kPackedHidden, b);
+      if (place.turn != 0) weights.ahead = weights.data + place.turn * gates * p.hidden * unit_vectors * S::lanes;
+      recurrent_product(p, weights, b, dgates, place, tile);
+    }
+  }
+  template <class P>
+  static void recurrent_product(const Backward& p, Panel<P> weights, const Block& b, const T* dgates,
+                                const Place& place, T* tile) {
+    const auto tile_product = Products<S, P>::find(p.batch, b.vectors, place.rows);
+    for (int i = 0; i < Cell::segments; ++i) {
+      const Left<T> left{dgates + Cell::segment[i].begin * p.hidden, dgates_stride(p), 1};
+      const int64_t depth = Cell::segment[i].length * p.hidden;
+      tile_product(left, weights.for_tile(place.index, depth), depth, tile, b.vectors * S::lanes, i > 0);
+      weights.data += depth * weights.stride;
+      if (weights.ahead != nullptr) weights.ahead += depth * weights.stride;
+    }
+  }
+
+  // `dgates`: of the step before, row 0; null: there is none, and ∂L/∂h_n takes the place of the product.
+  static void one_tile(const Backward& p, const Plan& plan, const Chunk& chunk, const Place& place, const Block& b,
+                       const T* dgates) {
+    alignas(64) T tile[Products<S, T>::max_rows * kMaxVectors * S::lanes];
+    const int width = b.vectors * S::lanes;
+    for (int m = 0; m < place.rows; ++m) {
+      for (int v = 0; v < b.vectors; ++v) prefetch_row(p, place.t, place.row + m, b.first + v * S::lanes);
+    }
+    if (dgates != nullptr) {
+      recurrent_product(p, plan, b, dgates + place.row * dgates_stride(p), place, tile);
+    } else {
+      for (int m = 0; m < place.rows; ++m) {
+        const E* from = p.grad_h_n.data == nullptr ? nullptr : at<const E>(p.grad_h_n, place.row + m, b.first);
+        pack_row<S>(from, b, tile + m * width);
+      }
+    }
+    T* out = dgates_at(p, plan, chunk, place.t) + place.row * dgates_stride(p);
+    for (int v = 0; v < b.vectors; ++v) {
+      with_lanes<S>(b.present - v * S::lanes, [&](const auto& lanes) {
+        for (int m = 0; m < place.rows; ++m) {
+          finish(p, plan, lanes, tile + m * width + v * S::lanes, place.t, place.row + m, b.first + v * S::lanes,
+                 out + m * dgates_stride(p));
+        }
+      });
+    }
+  }
+
+  static void prefetch_row(const Backward& p, int64_t t, int64_t row, int64_t unit) {
+    const int64_t flat = p.offsets[t] + row;
+    for (int g = 0; g < Cell::saved; ++g) prefetch(p.saved, flat, g * p.hidden + unit, sizeof(E));
+    prefetch(p.grad_y, flat, unit, sizeof(E));
+    if constexpr (Cell::has_cell) prefetch(p.cells, flat, unit, sizeof(T));
+    if constexpr (Cell::backward_reads_h) prefetch(p.y, flat, unit, sizeof(E));
+  }
+
+  // One row of one vector of units; `product` is the gradient that comes from the step before.
+  template <class L>
+  static void finish(const Backward& p, const Plan& plan, const L& lanes, const T* product, int64_t t, int64_t row,
+                     int64_t unit, T* dgates) {
+    const int64_t flat = p.offsets[t] + row, H = p.hidden;
+    const int64_t t_prev = p.reverse ? t + 1 : t - 1;
+    const bool has_prev = row < active_rows(p, t_prev);
+    StepBackward<V> s;
+    s.dh = S::load(product) + lanes.template load_or_zero<E>(p.grad_y, flat, unit);
+#pragma GCC unroll 4
+    for (int g = 0; g < Cell::saved; ++g) s.saved[g] = lanes.load(at<const E>(p.saved, flat, g * H + unit));
+    if constexpr (Cell::backward_reads_h) s.h = lanes.load(at<const E>(p.y, flat, unit));
+    if constexpr (Cell::backward_reads_h_prev) {
+      const E* from = previous_h(p, t, row);
+      s.h_prev = from == nullptr ? V{} : lanes.load(from + unit);
+    }
+    if constexpr (Cell::has_cell) {
+      s.c = lanes.load(at<const T>(p.cells, flat, unit));
+      s.c_prev = has_prev ? lanes.load(at<const T>(p.cells, p.offsets[t_prev] + row, unit))
+                          : lanes.template load_or_zero<E>(p.c0, row, unit);
+    }
+    T* carry = region<T>(plan, kCell) + row * padded<S>(H) + unit;
+    if constexpr (Cell::has_carry) s.carry = S::load(carry);
+    Cell::template backward<Math>(s);
+#pragma GCC unroll 4
+    for (int g = 0; g < Cell::dgates; ++g) lanes.store(dgates + g * H + unit, s.dgates[g]);
+    if constexpr (Cell::has_carry) S::store(carry, s.carry);
+  }
+
+  // ∂L/∂h0 of rows whose first step was the one that `dgates` (row 0) belong to.
+  static void leave(const Backward& p, const Plan& plan, const Block& b, int64_t first, int64_t end, const T* dgates) {
+    alignas(64) T tile[Products<S, T>::max_rows * kMaxVectors * S::lanes];
+    const int width = b.vectors * S::lanes, tallest = Products<S, T>::rows(p.batch);
+    while (first < end) {
+      const int rows = static_cast<int>(end - first < tallest ? end - first : tallest);
+      recurrent_product(p, plan, b, dgates + first * dgates_stride(p), Place{0, first, rows, 0, 0}, tile);
+      for (int m = 0; m < rows; ++m, ++first) {
+        if constexpr (Cell::has_carry && !Cell::has_cell) {
+          const T* carry = region<T>(plan, kCell) + first * padded<S>(p.hidden) + b.first;
+          for (int i = 0; i < width; i += S::lanes) {
+            S::store(tile + m * width + i, S::load(tile + m * width + i) + S::load(carry + i));
+          }
+        }
+        narrow_row<S>(tile + m * width, b.present, at<E>(p.dh0, first, b.first), false);
+      }
+    }
+  }
+
+  // dx = dgates W_ih for rows begin … end − 1 of the chunk.
+  static void input_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const T* dgates, int64_t begin,
+                             int64_t end) {
+    if (begin == end) return;
+    const int64_t flat = p.offsets[chunk.first] + begin;
+    Sums out{nullptr, 0, p.add_to_dx};
+    if constexpr (kSame<T, E>) {
+      out.data = at<T>(p.dx, flat, 0);
+      out.stride = p.dx.stride;
+    } else {
+      out.stride = padded<S>(p.inputs);
+      out.data = region<T>(plan, kRows) + begin * out.stride;
+      out.again = false;
+    }
+    const T* left = dgates + begin * dgates_stride(p);
+    for (int64_t index = 0; index < input_blocks(p); ++index) {
+      const Block b = input_block(p, index);
+      const Panel<T> weights = panel(p, plan, p.weight_ih, kPackedInput, b);
+      for (int64_t k = 0; k < gates * p.hidden; k += kDepth) {
+        const int64_t depth = gates * p.hidden - k < kDepth ? gates * p.hidden - k : kDepth;
+        multiply<S>(Left<T>{left + k, dgates_stride(p), 1}, end - begin, chunk_rows(p, chunk),
+                    // The next panel lies behind this one, where they are packed.
+                    Panel<T>{weights.data + k * weights.stride, weights.stride,
+                             plan.packed ? weights.data + (k + depth) * weights.stride : nullptr},
+                    b.present, depth, out.data + b.first, out.stride, out.again || k > 0);
+      }
+    }
+    if constexpr (!kSame<T, E>) {
+      for (int64_t i = 0; i < end - begin; ++i) {
+        narrow_row<S>(out.data + i * out.stride, p.inputs, at<E>(p.dx, flat + i, 0), p.add_to_dx);
+      }
+    }
+  }
+
+  static T* sums(const Matrix& gradient, const Plan& plan, Region r) {
+    return kSame<T, E> ? static_cast<T*>(gradient.data) : region<T>(plan, r);
+  }
+  static int64_t sums_stride(const Matrix& gradient, int64_t columns) {
+    return kSame<T, E> ? gradient.stride : columns;
+  }
+
+  // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, or null for zeros. Each thread has a share
+  // of the rows of dW, and packs all rows of the source for itself.
+  template <class Source>
+  static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const T* dgates,
+                              const Source& source, int64_t columns, bool recurrent, const Sums& out, int rank,
+                              int size) {
+    const int64_t begin = share_of(gates * p.hidden, rank, size), end = share_of(gates * p.hidden, rank + 1, size);
+    T* packed = region<T>(plan, kPanels) + rank * kDepth * kMaxVectors * S::lanes;
+    const int64_t rows = chunk_rows(p, chunk);
+    Cursor start{p.offsets[chunk.first], chunk.first, 0};
+    for (int64_t k = 0; k < rows; k += kDepth) {
+      const int64_t depth = rows - k < kDepth ? rows - k : kDepth;
+      Cursor after = start;
+      for (int64_t index = 0; index < ceil_div(columns, kMaxVectors * S::lanes); ++index) {
+        const Block b = block_at<S>(columns, kMaxVectors, index);
+        const int width = b.vectors * S::lanes;
+        after = start;
+        for (int64_t i = 0; i < depth; ++i) {
+          const E* from = source(after);
+          pack_row<S>(from == nullptr ? nullptr : from + b.first, b, packed + i * width);
+          ++after.flat;
+          if (++after.row == active_rows(p, after.t)) {
+            ++after.t;
+            after.row = 0;
+          }
+        }
+        // The rows of dW, with the columns of dgates that are theirs.
+        int64_t row = 0;
+        for (int i = 0; i < (recurrent ? Cell::segments : 1); ++i) {
+          const int64_t column = recurrent ? Cell::segment[i].begin * p.hidden : 0;
+          const int64_t length = (recurrent ? Cell::segment[i].length : gates) * p.hidden;
+          const int64_t first = begin > row ? begin : row, last = end < row + length ? end : row + length;
+          if (first < last) {
+            multiply<S>(Left<T>{dgates + k * dgates_stride(p) + column + first - row, 1, dgates_stride(p)},
+                        last - first, gates * p.hidden, Panel<T>{packed, width}, b.present, depth,
+                        out.data + first * out.stride + b.first, out.stride, out.again || k > 0);
+          }
+          row += length;
+        }
+      }
+      start = after;
+    }
+  }
+
+  // sums[column] (+)= Σ over rows, for columns begin … end − 1.
+  static void add_up(const T* rows, int64_t stride, int64_t count, int64_t begin, int64_t end, bool again, T* sums) {
+    for (int64_t column = begin; column < end; column += S::lanes) {
+      with_lanes<S>(end - column, [&](const auto& lanes) {
+        V total = again ? lanes.load(sums + column) : V{};
+        for (int64_t i = 0; i < count; ++i) total = total + lanes.load(rows + i * stride + column);
+        lanes.store(sums + column, total);
+      });
+    }
+  }
+
+  // The sums of the columns [begin, end) as far as they lie in [low, high), to `out` from column `to` on.
+  static void copy_bias(const Backward&, const Plan& plan, int64_t begin, int64_t end, int64_t low, int64_t high,
+                        const Matrix& out, int64_t to) {
+    if (begin < low) begin = low;
+    if (end > high) end = high;
+    if (begin < end) {
+      narrow_row<S>(region<T>(plan, kBias) + begin, end - begin, at<E>(out, 0, to + begin - low), false);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace pyrnnfast

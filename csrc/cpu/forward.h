@@ -1,0 +1,324 @@
+// The forward pass: x W_ihᵀ and h W_hhᵀ, a tile at a time, and the cell's equations while the tile is in the first
+// cache.
+//
+// The input's product comes first, for all rows of a chunk of steps. Where there are only a few rows in all, both are
+// dot products with weights read where they lie.
+#pragma once
+
+#include "../activations.h"
+#include "../cells.h"
+#include "rows.h"
+
+namespace pyrnnfast {
+namespace {
+
+// E: the type of the operands in memory.
+template <class Cell, class S, class E>
+struct ForwardPass {
+  using T = typename S::Scalar;
+  using V = typename S::Value;
+  using Math = VectorMath<S>;
+  static constexpr int gates = Cell::gates;
+  // A tile is at most four vectors wide: the gates of one vector of units, or four vectors of units.
+  static constexpr int unit_vectors = gates == 1 ? kMaxVectors : 1;
+
+  static int64_t blocks(const Forward& p) { return ceil_div(p.hidden, unit_vectors * S::lanes); }
+  static Block block(const Forward& p, int64_t index) { return block_at<S>(p.hidden, unit_vectors, index); }
+
+  // Gates of one row in the order of the tiles: [block][gate][unit].
+  static int64_t gates_stride(const Forward& p) { return gates * padded<S>(p.hidden); }
+  static int64_t gates_offset(const Block& b) { return gates * b.first; }
+
+  static bool has_recurrent_product(const Forward& p) { return p.steps > 1 || p.h0.data != nullptr; }
+  // Small batches wait for the weights to arrive from memory: half as many bytes arrive in half the time.
+  static bool narrow(const Forward& p) { return !kSame<T, E> && p.batch < 8; }
+
+  static void layout(const Forward& p, const Plan& plan, int64_t* bytes) {
+    constexpr auto size = static_cast<int64_t>(sizeof(T));
+    const int64_t units = padded<S>(p.hidden);
+    if (plan.packed) {
+      if (has_recurrent_product(p)) bytes[kPackedHidden] = size * p.hidden * gates_stride(p);
+      bytes[kPackedInput] = size * p.inputs * gates_stride(p);
+      bytes[kGates0] = size * plan.chunk_rows * gates_stride(p);
+      if (!kSame<T, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
+    }
+    bytes[kBias] = size * (gates_stride(p) + units);
+    bytes[kState0] = bytes[kState1] = size * p.batch * units;
+    if (Cell::has_cell) bytes[kCell] = size * p.batch * units;
+  }
+
+  static void begin(const Forward& p, const Plan& plan, const Share& share) {
+    const auto* w_hh = static_cast<const E*>(p.weight_hh.data);
+    const auto* w_ih = static_cast<const E*>(p.weight_ih.data);
+    for (int64_t index = share.rank; index < blocks(p); index += share.size) {
+      const Block b = block(p, index);
+      if (plan.packed) {
+        if (has_recurrent_product(p)) {
+          if (narrow(p)) {
+            pack_by_unit<S>(w_hh, p.weight_hh.stride, gates, p.hidden, p.hidden, b, hidden_panel<E>(p, plan, b));
+          } else {
+            pack_by_unit<S>(w_hh, p.weight_hh.stride, gates, p.hidden, p.hidden, b, hidden_panel<T>(p, plan, b));
+          }
+        }
+        pack_by_unit<S>(w_ih, p.weight_ih.stride, gates, p.hidden, p.inputs, b, input_panel(p, plan, b));
+      }
+      add_biases(p, plan, b);
+    }
+    const int64_t units = padded<S>(p.hidden);
+    const int64_t row_end = share_of(p.batch, share.rank + 1, share.size);
+    for (int64_t row = share_of(p.batch, share.rank, share.size); row < row_end; ++row) {
+      widen_row<S>(row_or_null<E>(p.h0, row), p.hidden, region<T>(plan, kState0) + row * units);
+      // Sequences that start later than others find their first state there.
+      widen_row<S>(row_or_null<E>(p.h0, row), p.hidden, region<T>(plan, kState1) + row * units);
+      if constexpr (Cell::has_cell) {
+        widen_row<S>(row_or_null<E>(p.c0, row), p.hidden, region<T>(plan, kCell) + row * units);
+      }
+    }
+  }
+
+  // The input's product for the share's rows of a chunk, in the order of the tiles.
+  static void products(const Forward& p, const Plan& plan, const Chunk& chunk, const Share& share) {
+    if (!plan.packed) return;
+    const int64_t base = p.offsets[chunk.first];
+    if (share.row_begin == 0 && share.row_end >= p.batch) {
+      // All rows of all steps lie together.
+      const int64_t rows = chunk_rows(p, chunk);
+      const int64_t begin = share_of(rows, share.member, share.members);
+      Rows part{begin, share_of(rows, share.member + 1, share.members) - begin};
+      input_products(p, plan, chunk, &part, 1);
+    } else {
+      // The rows of each step; members take turns.
+      Rows parts[kSteps];
+      int count = 0;
+      for (int64_t t = chunk.first + share.member; t < chunk.last; t += share.members) {
+        const int64_t active = active_rows(p, t), end = active < share.row_end ? active : share.row_end;
+        if (share.row_begin < end) parts[count++] = {p.offsets[t] - base + share.row_begin, end - share.row_begin};
+        if (count == kSteps || t + share.members >= chunk.last) {
+          input_products(p, plan, chunk, parts, count);
+          count = 0;
+        }
+      }
+    }
+    share.meet();
+  }
+
+  static void sweep(const Forward& p, const Plan& plan, const Chunk& chunk, const Chunk&, const Share& share) {
+    const int tallest = Products<S, T>::rows(p.batch);
+    const int64_t count = chunk.last - chunk.first;
+    const int64_t own_blocks = share.block_end - share.block_begin;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t t = p.reverse ? chunk.last - 1 - i : chunk.first + i;
+      const int64_t step = p.reverse ? p.steps - 1 - t : t;
+      const int64_t active = active_rows(p, t);
+      const int64_t end = active < share.row_end ? active : share.row_end;
+      const int64_t going_on = active_rows(p, p.reverse ? t - 1 : t + 1);
+      for (int64_t j = 0; j < own_blocks; ++j) {
+        // To and fro, so that each step begins with the weights that the last one has left in the cache.
+        const bool ascending = step % 2 == 0;
+        const Block b = block(p, ascending ? share.block_begin + j : share.block_end - 1 - j);
+        const int turn = j + 1 == own_blocks ? 0 : ascending ? 1 : -1;
+        int index = 0;
+        for (int64_t row = share.row_begin; row < end; ++index) {
+          const int64_t left = end - row;
+          const int rows = static_cast<int>(ceil_div(left, ceil_div(left, tallest)));
+          one_tile(p, plan, Place{t, step, row, rows, p.offsets[chunk.first], going_on, index, turn}, b);
+          row += rows;
+        }
+      }
+      share.meet();
+    }
+  }
+
+  static void end(const Forward&, const Plan&, const Chunk&, const Share&) {}
+
+ private:
+  // Rows of a chunk that lie together.
+  struct Rows {
+    int64_t first, count;
+  };
+  static constexpr int kSteps = 64;
+
+  // Rows of one step. `base` is the first row of the chunk; from `going_on` on, this is the last step of a sequence.
+  // This is tile number `index` of those that use its panel, after which comes the panel `turn` places on.
+  struct Place {
+    int64_t t, step, row;
+    int rows;
+    int64_t base, going_on;
+    int index, turn;
+  };
+
+  // Products of one row, gates `gate_stride` apart.
+  struct RowProducts {
+    const T* recurrent;
+    const T* input;
+    int gate_stride;
+  };
+
+  template <class P>
+  static P* hidden_panel(const Forward& p, const Plan& plan, const Block& b) {
+    return region<P>(plan, kPackedHidden) + p.hidden * gates_offset(b);
+  }
+  static T* input_panel(const Forward& p, const Plan& plan, const Block& b) {
+    return region<T>(plan, kPackedInput) + p.inputs * gates_offset(b);
+  }
+
+  static void add_biases(const Forward& p, const Plan& plan, const Block& b) {
+    const int width = b.vectors * S::lanes;
+    T* sum = region<T>(plan, kBias) + gates_offset(b);
+    T* inner = region<T>(plan, kBias) + gates_stride(p) + b.first;
+    for (int g = 0; g < gates; ++g) {
+      const bool is_inner = Cell::has_bias_hn && g == gates - 1;
+      for (int i = 0; i < width; ++i) {
+        const int64_t column = g * p.hidden + b.first + i;
+        const bool exists = i < b.present;
+        const T ih = exists && p.bias_ih.data != nullptr ? convert<T>(*at<const E>(p.bias_ih, 0, column)) : T(0);
+        const T hh = exists && p.bias_hh.data != nullptr ? convert<T>(*at<const E>(p.bias_hh, 0, column)) : T(0);
+        sum[g * width + i] = is_inner ? ih : ih + hh;
+        if (is_inner) inner[i] = hh;
+      }
+    }
+  }
+
+  static void one_tile(const Forward& p, const Plan& plan, const Place& place, const Block& b) {
+    alignas(64) T tile[Products<S, T>::max_rows * kMaxVectors * S::lanes];
+    alignas(64) T input_tile[Products<S, T>::max_rows * kMaxVectors * S::lanes];
+    const int width = gates * b.vectors * S::lanes;
+    const int64_t flat = p.offsets[place.t] + place.row;
+    const int64_t units = padded<S>(p.hidden);
+    const T* before = region<T>(plan, place.step % 2 == 0 ? kState0 : kState1) + place.row * units;
+    const Left<T> h{before, units, 1};
+
+    const T* input = input_tile;
+    int64_t input_stride = width;
+    if (plan.packed) {
+      input = region<T>(plan, kGates0) + (flat - place.base) * gates_stride(p) + gates_offset(b);
+      input_stride = gates_stride(p);
+      for (int m = 0; m < place.rows; ++m) {
+        for (int v = 0; v < gates * b.vectors; ++v) __builtin_prefetch(input + m * input_stride + v * S::lanes);
+      }
+    } else {
+      dot_tile(p, p.weight_ih, at<const E>(p.x, flat, 0), p.x.stride, p.inputs, place.rows, b, input_tile);
+    }
+    if (place.step == 0 && p.h0.data == nullptr) {
+      for (int i = 0; i < place.rows * width; i += S::lanes) S::store(tile + i, V{});
+    } else if (!plan.packed) {
+      dot_tile(p, p.weight_hh, h.data, units, p.hidden, place.rows, b, tile);
+    } else if (narrow(p)) {
+      recurrent_product<E>(p, plan, place, b, h, tile);
+    } else {
+      recurrent_product<T>(p, plan, place, b, h, tile);
+    }
+    for (int v = 0; v < b.vectors; ++v) {
+      const RowProducts first{tile + v * S::lanes, input + v * S::lanes, b.vectors * S::lanes};
+      with_lanes<S>(b.present - v * S::lanes, [&](const auto& lanes) {
+        RowProducts row = first;
+        for (int m = 0; m < place.rows; ++m, row.recurrent += width, row.input += input_stride) {
+          finish(p, plan, lanes, row, place, m, b, v);
+        }
+      });
+    }
+  }
+
+  template <class P>
+  static void recurrent_product(const Forward& p, const Plan& plan, const Place& place, const Block& b, Left<T> h,
+                                T* tile) {
+    const int width = gates * b.vectors * S::lanes;
+    const P* data = hidden_panel<P>(p, plan, b);
+    const Panel<P> panel{data, width, place.turn == 0 ? nullptr : data + place.turn * p.hidden * width};
+    Products<S, P>::find(p.batch, gates * b.vectors, place.rows)(h, panel.for_tile(place.index, p.hidden), p.hidden,
+                                                                 tile, width, false);
+  }
+
+  static void input_products(const Forward& p, const Plan& plan, const Chunk& chunk, const Rows* parts, int count) {
+    const int64_t base = p.offsets[chunk.first], whole = chunk_rows(p, chunk);
+    T* wide = region<T>(plan, kRows);
+    const int64_t wide_stride = padded<S>(p.inputs);
+    if constexpr (!kSame<T, E>) {
+      for (int i = 0; i < count; ++i) {
+        for (int64_t row = parts[i].first; row < parts[i].first + parts[i].count; ++row) {
+          widen_row<S>(at<const E>(p.x, base + row, 0), p.inputs, wide + row * wide_stride);
+        }
+      }
+    }
+    for (int64_t index = 0; index < blocks(p); ++index) {
+      const Block b = block(p, index);
+      const int width = gates * b.vectors * S::lanes;
+      for (int64_t k = 0; k < p.inputs; k += kDepth) {
+        const int64_t depth = p.inputs - k < kDepth ? p.inputs - k : kDepth;
+        // The next panel lies behind this one.
+        const T* data = input_panel(p, plan, b) + k * width;
+        const Panel<T> panel{data, width, data + depth * width};
+        for (int i = 0; i < count; ++i) {
+          Left<T> x{nullptr, 0, 1};
+          if constexpr (kSame<T, E>) {
+            x = {at<const T>(p.x, base + parts[i].first, k), p.x.stride, 1};
+          } else {
+            x = {wide + parts[i].first * wide_stride + k, wide_stride, 1};
+          }
+          T* out = region<T>(plan, kGates0) + parts[i].first * gates_stride(p) + gates_offset(b);
+          multiply<S>(x, parts[i].count, whole, panel, width, depth, out, gates_stride(p), k > 0);
+        }
+      }
+    }
+  }
+
+  // The tile of rows a[m] with weights read where they lie.
+  template <class A>
+  static void dot_tile(const Forward& p, const Matrix& weight, const A* a, int64_t a_stride, int64_t depth, int rows,
+                       const Block& b, T* tile) {
+    const int vectors = gates * b.vectors;
+    for (int g = 0; g < gates; ++g) {
+      for (int v = 0; v < b.vectors; ++v) {
+        const int64_t unit = b.first + v * S::lanes;
+        const int present = p.hidden - unit < S::lanes ? static_cast<int>(p.hidden - unit) : S::lanes;
+        const E* first = at<const E>(weight, g * p.hidden + unit, 0);
+        for (int m = 0; m < rows; ++m) {
+          S::store(tile + (m * vectors + g * b.vectors + v) * S::lanes,
+                   dots<S>(a + m * a_stride, first, weight.stride, present, depth));
+        }
+      }
+    }
+  }
+
+  // Row `m` of the place, vector `v` of the block.
+  template <class L>
+  static void finish(const Forward& p, const Plan& plan, const L& lanes, const RowProducts& product, const Place& place,
+                     int m, const Block& b, int v) {
+    const int64_t row = place.row + m, flat = p.offsets[place.t] + row;
+    const int64_t unit = b.first + v * S::lanes, units = padded<S>(p.hidden);
+    const T* bias = region<T>(plan, kBias) + gates_offset(b) + v * S::lanes;
+    StepForward<V> s;
+#pragma GCC unroll 4
+    for (int g = 0; g < gates; ++g) {
+      s.x[g] = S::load(product.input + g * product.gate_stride) + S::load(bias + g * product.gate_stride);
+      s.a[g] = S::load(product.recurrent + g * product.gate_stride);
+    }
+    if constexpr (Cell::has_bias_hn) s.bias_hn = S::load(region<T>(plan, kBias) + gates_stride(p) + unit);
+    const bool even = place.step % 2 == 0;
+    T* state[2] = {region<T>(plan, even ? kState0 : kState1) + row * units + unit,
+                   region<T>(plan, even ? kState1 : kState0) + row * units + unit};
+    if constexpr (Cell::forward_reads_h_prev) s.h_prev = S::load(state[0]);
+    T* cell = nullptr;
+    if constexpr (Cell::has_cell) {
+      cell = region<T>(plan, kCell) + row * units + unit;
+      s.c_prev = S::load(cell);
+    }
+    Cell::template forward<Math>(s);
+    S::store(state[1], s.h);
+    lanes.store(at<E>(p.y, flat, unit), s.h);
+    const bool ends = row >= place.going_on;
+    if (ends) lanes.store(at<E>(p.h_n, row, unit), s.h);
+    if constexpr (Cell::has_cell) {
+      S::store(cell, s.c);
+      if (ends) lanes.store(at<E>(p.c_n, row, unit), s.c);
+      if (p.cells.data != nullptr) lanes.store(at<T>(p.cells, flat, unit), s.c);
+    }
+    if (p.saved.data != nullptr) {
+#pragma GCC unroll 4
+      for (int g = 0; g < Cell::saved; ++g) lanes.store(at<E>(p.saved, flat, g * p.hidden + unit), s.saved[g]);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace pyrnnfast

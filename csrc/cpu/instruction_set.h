@@ -1,0 +1,78 @@
+// Every kernel for vectors of one width.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+
+namespace pyrnnfast {
+namespace {
+
+template <template <class, class, class> class Pass, class P, class Cell, class S, class E>
+constexpr Kernel<P> kernel() {
+  using W = Pass<Cell, S, E>;
+  return {W::blocks, W::layout, W::begin, W::sweep, W::products, W::end};
+}
+
+template <class S, Activation kind>
+void activate(const void* x, void* out, int64_t count) {
+  using T = typename S::Scalar;
+  const auto* from = static_cast<const T*>(x);
+  auto* to = static_cast<T*>(out);
+  for (int64_t i = 0; i < count; i += S::lanes) {
+    with_lanes<S>(count - i, [&](const auto& lanes) {
+      const auto v = lanes.load(from + i);
+      lanes.store(to + i, kind == Activation::sigmoid ? VectorMath<S>::sigmoid(v) : VectorMath<S>::tanh(v));
+    });
+  }
+}
+
+template <class S>
+void multiply_share(const Product& p, void* panel, int rank, int size) {
+  using T = typename S::Scalar;
+  const int64_t begin = share_of(p.rows, rank, size), count = share_of(p.rows, rank + 1, size) - begin;
+  auto* packed = static_cast<T*>(panel) + rank * kDepth * kMaxVectors * S::lanes;
+  for (int64_t index = 0; index < ceil_div(p.columns, kMaxVectors * S::lanes) && count > 0; ++index) {
+    const Block b = block_at<S>(p.columns, kMaxVectors, index);
+    for (int64_t k = 0; k < p.depth; k += kDepth) {
+      const int64_t depth = p.depth - k < kDepth ? p.depth - k : kDepth;
+      pack_by_column<S>(at<const T>(p.b, k, 0), p.b.stride, depth, b, packed);
+      multiply<S>(Left<T>{at<const T>(p.a, begin, k), p.a.stride, 1}, count, p.rows,
+                  Panel<T>{packed, b.vectors * S::lanes}, b.present, depth, at<T>(p.out, begin, b.first), p.out.stride,
+                  k > 0);
+    }
+  }
+}
+
+template <int Bytes>
+constexpr InstructionSet instruction_set(const char* name) {
+  using F = Simd<float, Bytes>;
+  using D = Simd<double, Bytes>;
+  InstructionSet set{};
+  set.name = name;
+  const auto add = [&](CellKind kind, auto cell) {
+    using Cell = decltype(cell);
+    auto& forward = set.forward[static_cast<int>(kind)];
+    forward[static_cast<int>(Dtype::float32)] = kernel<ForwardPass, Forward, Cell, F, float>();
+    forward[static_cast<int>(Dtype::float64)] = kernel<ForwardPass, Forward, Cell, D, double>();
+    forward[static_cast<int>(Dtype::bfloat16)] = kernel<ForwardPass, Forward, Cell, F, Bf16>();
+    auto& backward = set.backward[static_cast<int>(kind)];
+    backward[static_cast<int>(Dtype::float32)] = kernel<BackwardPass, Backward, Cell, F, float>();
+    backward[static_cast<int>(Dtype::float64)] = kernel<BackwardPass, Backward, Cell, D, double>();
+    backward[static_cast<int>(Dtype::bfloat16)] = kernel<BackwardPass, Backward, Cell, F, Bf16>();
+  };
+  add(CellKind::rnn_tanh, Rnn<false>{});
+  add(CellKind::rnn_relu, Rnn<true>{});
+  add(CellKind::gru, Gru{});
+  add(CellKind::lstm, Lstm{});
+  set.activation[static_cast<int>(Activation::sigmoid)][0] = activate<F, Activation::sigmoid>;
+  set.activation[static_cast<int>(Activation::sigmoid)][1] = activate<D, Activation::sigmoid>;
+  set.activation[static_cast<int>(Activation::tanh)][0] = activate<F, Activation::tanh>;
+  set.activation[static_cast<int>(Activation::tanh)][1] = activate<D, Activation::tanh>;
+  set.product[0] = multiply_share<F>;
+  set.product[1] = multiply_share<D>;
+  set.product_panel_bytes = kDepth * kMaxVectors * Bytes;
+  return set;
+}
+
+}  // namespace
+}  // namespace pyrnnfast

@@ -1,0 +1,106 @@
+// Rows and vectors of operands as the passes see them: masked loads and stores, regions of the call's memory, steps.
+#pragma once
+
+#include "../problem.h"
+#include "kernel.h"
+#include "weights.h"
+
+namespace pyrnnfast {
+namespace {
+
+template <class E>
+E* at(const Matrix& m, int64_t row, int64_t column) {
+  return static_cast<E*>(m.data) + row * m.stride + column;
+}
+
+template <class E>
+const E* row_or_null(const Matrix& m, int64_t row) {
+  return m.data == nullptr ? nullptr : at<const E>(m, row, 0);
+}
+
+inline void prefetch(const Matrix& m, int64_t row, int64_t column, int element_bytes) {
+  if (m.data != nullptr)
+    __builtin_prefetch(static_cast<const char*>(m.data) + (row * m.stride + column) * element_bytes);
+}
+
+template <class T>
+T* region(const Plan& plan, Region r) {
+  return static_cast<T*>(plan.region[r]);
+}
+
+inline int64_t active_rows(const Problem& p, int64_t t) {
+  return t < 0 || t >= p.steps ? 0 : p.offsets[t + 1] - p.offsets[t];
+}
+
+// The rows of a chunk: from offsets[first] on.
+inline int64_t chunk_rows(const Problem& p, const Chunk& chunk) {
+  return p.offsets[chunk.last] - p.offsets[chunk.first];
+}
+
+// What thread `rank` of `size` has of so many: [share_of(rank), share_of(rank + 1)).
+inline int64_t share_of(int64_t count, int rank, int size) { return count * rank / size; }
+
+// The longest stretch of a sum that one tile takes at once: its part of the panel then stays in the second cache while
+// all rows pass by.
+inline constexpr int64_t kDepth = 512;
+
+template <class S>
+int64_t padded(int64_t count) {
+  return ceil_div(count, S::lanes) * S::lanes;
+}
+
+// `n` lanes of a vector starting at a column of a row; whole vectors are the common case.
+template <class S, bool Whole>
+struct Lanes {
+  int n;
+  using V = typename S::Value;
+  template <class E>
+  V load(const E* p) const {
+    if constexpr (Whole) return S::load(p);
+    return S::load_part(p, n);
+  }
+  template <class E>
+  void store(E* p, V v) const {
+    if constexpr (Whole) return S::store(p, v);
+    S::store_part(p, v, n);
+  }
+  template <class E>
+  V load_or_zero(const Matrix& m, int64_t row, int64_t column) const {
+    return m.data == nullptr ? V{} : load(at<const E>(m, row, column));
+  }
+};
+
+// Calls fn(lanes) for what there is of a vector of `present` units.
+template <class S, class Fn>
+void with_lanes(int64_t present, const Fn& fn) {
+  if (present >= S::lanes) {
+    fn(Lanes<S, true>{S::lanes});
+  } else {
+    fn(Lanes<S, false>{static_cast<int>(present)});
+  }
+}
+
+// A row from memory to what is computed with, zeros if there is none, and zeros after its end.
+template <class S, class E>
+void widen_row(const E* from, int64_t count, typename S::Scalar* to) {
+  pack_row<S>(from, Block{0, static_cast<int>(ceil_div(count, S::lanes)), static_cast<int>(count)}, to);
+}
+
+// And back, perhaps added to what is there.
+template <class S, class E>
+void narrow_row(const typename S::Scalar* from, int64_t count, E* to, bool add) {
+  for (int64_t i = 0; i < count; i += S::lanes) {
+    with_lanes<S>(count - i, [&](const auto& lanes) {
+      const auto v = lanes.load(from + i);
+      lanes.store(to + i, add ? lanes.load(to + i) + v : v);
+    });
+  }
+}
+
+template <class A, class B>
+inline constexpr bool kSame = false;
+template <class A>
+inline constexpr bool kSame<A, A> = true;
+
+}  // namespace
+}  // namespace pyrnnfast

@@ -1,0 +1,380 @@
+"""bfloat16: what is rounded, and that nothing else is.
+
+The kernels read and write bfloat16 and compute in float32. So forward each result is the exact one rounded once, and
+backward, given what forward has kept (which is bfloat16 too, but for the LSTM's cells), so is each gradient. Both are
+held to that bound here, against the cells' equations in float64. Through modules, whose layers read one another's
+rounded results, the measure is torch's own error.
+"""
+
+import math
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from types import ModuleType
+
+import pytest
+import torch
+from cases import CELLS, Case, gradients, result_weights
+from kernels import SCHEDULES, WIDTHS, Layer, Operands, backward_operands, forward_operands, use
+from torch import Tensor
+
+import pyrnnfast
+from pyrnnfast import _cpu
+
+BF16 = torch.bfloat16
+# The largest relative error of rounding to nearest with 8 significant bits.
+UNIT = 2.0**-8
+# What float32 arithmetic may add, in units of a tensor's largest element: hardly more than nothing beside UNIT.
+NOISE = 2.0**-17
+
+
+# One rounding -----------------------------------------------------------------------------------------------------
+
+
+def spans(layer: Layer, direction: int) -> list[tuple[slice, int, slice | None, int]]:
+    """In the order of a direction: the rows of a step, how many, and those of the step before, and how many of them
+    go on."""
+    offsets = [0]
+    for size in layer.batch_sizes:
+        offsets.append(offsets[-1] + size)
+    rows = [slice(a, b) for a, b in pairwise(offsets)]
+    if direction == 1:
+        rows.reverse()
+    before = [None, *rows[:-1]]
+    sizes = [r.stop - r.start for r in rows]
+    return [
+        (now, size, last, 0 if last is None else min(size, last.stop - last.start))
+        for now, size, last in zip(rows, sizes, before, strict=True)
+    ]
+
+
+def of_direction(operands: Operands, layer: Layer, direction: int) -> dict[str, Tensor]:
+    """Data as [N, features] and states as [B, H] of one direction, in float64."""
+    H = layer.hidden
+    found = {}
+    for name in ("x", "y", "h0", "c0", "grad_y", "grad_h_n", "grad_c_n"):
+        t = operands.get(name)
+        if t is None:
+            continue
+        if name in ("y", "grad_y"):
+            t = t.reshape(layer.rows, -1)[:, direction * H : (direction + 1) * H]
+        elif name == "x":
+            t = t.reshape(layer.rows, -1)
+        else:
+            t = t.reshape(layer.directions, -1, H)[direction]
+        found[name] = t.double()
+    for kind, t in zip(("w_ih", "w_hh", "b_ih", "b_hh"), operands["weights"][4 * direction :], strict=False):
+        found[kind] = t.double()
+    for kind, t in zip(("saved", "cells"), operands["kept"][2 * direction :], strict=False):
+        if t is not None:
+            found[kind] = t.double()
+    return found
+
+
+def textbook_forward(cell: str, layer: Layer, direction: int, o: dict[str, Tensor]) -> dict[str, Tensor]:
+    H, widths = layer.hidden, WIDTHS[cell]
+    h, c = o["h0"].clone(), o["c0"].clone() if widths.has_cell else None
+    out = {"y": torch.zeros(layer.rows, H).double()}
+    if widths.saved:
+        out["saved"] = torch.zeros(layer.rows, widths.saved * H).double()
+    if widths.has_cell:
+        out["cells"] = torch.zeros(layer.rows, H).double()
+    for rows, size, _, _ in spans(layer, direction):
+        x = (o["x"][rows] @ o["w_ih"].t() + o["b_ih"]).split(H, 1)
+        a = (h[:size] @ o["w_hh"].t() + o["b_hh"]).split(H, 1)
+        if cell == "lstm":
+            i, f, g, s = (x[k] + a[k] for k in range(4))
+            gates = [i.sigmoid(), f.sigmoid(), g.tanh(), s.sigmoid()]
+            c[:size] = gates[1] * c[:size] + gates[0] * gates[2]
+            out["cells"][rows] = c[:size]
+            new = gates[3] * c[:size].tanh()
+        elif cell == "gru":
+            r, z = (x[0] + a[0]).sigmoid(), (x[1] + a[1]).sigmoid()
+            n = (x[2] + r * a[2]).tanh()
+            gates = [r, z, n, a[2]]
+            new = n + z * (h[:size] - n)
+        else:
+            gates = []
+            new = (x[0] + a[0]).tanh() if cell == "rnn_tanh" else (x[0] + a[0]).relu()
+        if gates:
+            out["saved"][rows] = torch.cat(gates, 1)
+        h[:size] = new
+        out["y"][rows] = new
+    return out | {"h_n": h} | ({} if c is None else {"c_n": c})
+
+
+def textbook_backward(cell: str, layer: Layer, direction: int, o: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients that follow exactly from y, saved and cells as they are."""
+    H, widths = layer.hidden, WIDTHS[cell]
+    dh, dc = o["grad_h_n"].clone(), o["grad_c_n"].clone() if widths.has_cell else None
+    out = {"dx": torch.zeros_like(o["x"])}
+    out |= {f"d{kind}": torch.zeros_like(o[kind]) for kind in ("w_ih", "w_hh", "b_ih", "b_hh")}
+    for rows, size, last, continuing in reversed(spans(layer, direction)):
+        # A sequence that has its first step here comes from the initial state.
+        h_prev, c_prev = o["h0"][:size].clone(), o["c0"][:size].clone() if widths.has_cell else None
+        if last is not None:
+            h_prev[:continuing] = o["y"][last][:continuing]
+            if c_prev is not None:
+                c_prev[:continuing] = o["cells"][last][:continuing]
+        d = dh[:size] + o["grad_y"][rows]
+        carried: Tensor | float = 0.0
+        if cell == "lstm":
+            i, f, g, s = o["saved"][rows].split(H, 1)
+            tanh_c = o["cells"][rows].tanh()
+            dcell = d * s * (1 - tanh_c**2) + dc[:size]
+            parts = [dcell * g * i * (1 - i), dcell * c_prev * f * (1 - f), dcell * i * (1 - g**2)]
+            parts.append(d * tanh_c * s * (1 - s))
+            dx_gates = dh_gates = torch.cat(parts, 1)
+            dc[:size] = dcell * f
+        elif cell == "gru":
+            r, z, n, a = o["saved"][rows].split(H, 1)
+            dn = d * (1 - z) * (1 - n**2)
+            first = [dn * a * r * (1 - r), d * (h_prev - n) * z * (1 - z)]
+            dx_gates, dh_gates = torch.cat([*first, dn], 1), torch.cat([*first, dn * r], 1)
+            carried = d * z
+        else:
+            y = o["y"][rows]
+            dx_gates = dh_gates = d * (1 - y**2) if cell == "rnn_tanh" else d * (y > 0)
+        out["dx"][rows] = dx_gates @ o["w_ih"]
+        out["dw_ih"] += dx_gates.t() @ o["x"][rows]
+        out["dw_hh"] += dh_gates.t() @ h_prev
+        out["db_ih"] += dx_gates.sum(0)
+        out["db_hh"] += dh_gates.sum(0)
+        dh[:size] = dh_gates @ o["w_hh"] + carried
+    return out | {"dh0": dh} | ({} if dc is None else {"dc0": dc})
+
+
+def assert_one_rounding(name: str, found: Tensor, true: Tensor, before: Tensor | float = 0.0) -> None:
+    """`before`: what was rounded already before something was added to it."""
+    rounding = 0.0 if found.dtype is torch.float32 else UNIT
+    bound = rounding * (1 + UNIT) * (true.abs() + abs(before)) + NOISE * true.abs().max()
+    excess = (found.double() - true).abs() - bound
+    assert bool((excess <= 0).all()), f"{name}: {float(excess.max()):.2e} more than one rounding"
+
+
+# Below 8 sequences the kernels keep their weights in bfloat16, from 8 on in float32.
+LAYERS = (
+    Layer((1,) * 9, 5, inputs=3, directions=2),
+    Layer((2,) * 40, 33, inputs=20),
+    Layer((7,) * 6, 67, inputs=17, directions=2),
+    Layer((8,) * 6, 67, inputs=17, directions=2),
+    Layer((13,) * 12, 20, inputs=530),
+    Layer((9, 9, 7, 4, 4, 2, 1), 21, inputs=9, directions=2, packed=True),
+    Layer((6, 5, 5, 3, 1), 40, inputs=9, directions=2, packed=True),
+    Layer((3,), 19, inputs=8, single_step=True),
+    Layer((70,), 19, inputs=8, single_step=True),
+)
+
+
+def check_one_rounding(cell: str, layer: Layer) -> None:
+    H = layer.hidden
+    forward = forward_operands(cell, layer, BF16)
+    _cpu.forward(*forward.values())
+    backward = backward_operands(forward)
+    _cpu.backward(*backward.values())
+    dx_before: Tensor | float = 0.0
+    for direction in range(layer.directions):
+        operands = of_direction(backward, layer, direction)
+        true = textbook_forward(cell, layer, direction, operands)
+        columns = forward["y"].reshape(layer.rows, -1)[:, direction * H : (direction + 1) * H]
+        assert_one_rounding("y", columns, true["y"])
+        for name in ("h_n", "c_n"):
+            if name in true:
+                assert_one_rounding(name, forward[name].reshape(layer.directions, -1, H)[direction], true[name])
+        for name, kept in zip(("saved", "cells"), forward["kept"][2 * direction :], strict=False):
+            if kept is not None:
+                assert_one_rounding(name, kept, true[name])
+        true = textbook_backward(cell, layer, direction, operands)
+        for name in ("dh0", "dc0"):
+            if name in true:
+                assert_one_rounding(name, backward[name].reshape(layer.directions, -1, H)[direction], true[name])
+        kinds = ("dw_ih", "dw_hh", "db_ih", "db_hh")
+        for name, found in zip(kinds, backward["dweights"][4 * direction :], strict=False):
+            assert_one_rounding(name, found, true[name])
+        if direction == layer.directions - 1:
+            dx = backward["dx"].reshape(layer.rows, -1)
+            assert_one_rounding("dx", dx, true["dx"] + dx_before, dx_before)
+        dx_before = true["dx"]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_rounding(cell: str, layer: Layer, instruction_set: str) -> None:
+    check_one_rounding(cell, layer)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_rounding_under_any_schedule(cell: str, layer: Layer, schedule: str, instruction_set: str) -> None:
+    """Sums that go on from chunk to chunk among them."""
+    use(schedule)
+    check_one_rounding(cell, layer)
+
+
+# Every bit --------------------------------------------------------------------------------------------------------
+
+
+def assert_same_numbers(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype is expected.dtype is BF16
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(0.0, math.inf, -math.inf), expected.nan_to_num(0.0, math.inf, -math.inf))
+
+
+def summands() -> tuple[Tensor, Tensor]:
+    """Two vectors whose sums lie anywhere between bfloat16 neighbours, often in the middle, and beyond the largest."""
+    fractions = 1 + torch.arange(0, 128, 5) / 128
+    special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 1e-40, 2.0**-126, 3.3895314e38, 1e38])
+    first = torch.cat([fractions, -fractions, special])
+    powers = torch.tensor([2.0**-10, 2.0**-9, 2.0**-8, 2.0**-7, 2.0**-1, 1.0, 3e-39, 2.0**118, 2.0**119, 2.0**120])
+    second = torch.cat([powers, -powers, 2.0**-8 * fractions, torch.zeros(1)])
+    return first.to(BF16), second.to(BF16)
+
+
+def test_the_summands_have_ties() -> None:
+    """Both to be rounded up and to be rounded down, of both signs."""
+    first, second = summands()
+    sums = first.float()[:, None] + second.float()
+    bits = sums[sums.isfinite()].view(torch.int32)
+    ties = bits[(bits & 0xFFFF) == 0x8000]
+    assert {(bool(b < 0), int(b >> 16) & 1) for b in ties} == {(s, odd) for s in (False, True) for odd in (0, 1)}
+    assert (sums.isfinite() & sums.to(BF16).isinf()).any()
+
+
+@pytest.mark.parametrize("schedule", ["unpacked", "packed"])
+def test_stores_round_to_nearest_even(schedule: str, instruction_set: str) -> None:
+    """A rectifier of x + b, in the lanes of whole vectors and of the last."""
+    use(schedule)
+    x, bias = summands()
+    for hidden in (len(bias), len(bias) - 1, 7, 1):
+        for rows in (len(x), 7, 1):
+            y = torch.full((rows, hidden), math.nan, dtype=BF16)
+            weights = torch.ones(hidden, 1, dtype=BF16), torch.zeros(hidden, hidden, dtype=BF16), bias[-hidden:], None
+            _cpu.forward("rnn_relu", x[-rows:, None], None, None, weights, y, y, None, (), None, 1)
+            assert_same_numbers(y, torch.relu(x[-rows:, None].float() + bias[-hidden:].float()).to(BF16))
+
+
+@pytest.mark.parametrize("batch", [3, 60])
+def test_gradients_round_to_nearest_even(batch: int, instruction_set: str) -> None:
+    """dx = g + w of either sign: with a rectifier that lets two gradients pass, g and 1, and weights 1 and w."""
+    g, w = summands()
+    g, w = g[g.isfinite()][-batch:], w[w.isfinite()]
+    rows, inputs = len(g), len(w)
+    ones = torch.ones(rows, 2, dtype=BF16)
+    weights = torch.stack([torch.ones_like(w), w]), torch.zeros(2, 2, dtype=BF16), None, None
+    dx = torch.full((rows, inputs), math.nan, dtype=BF16)
+    grad_y = torch.stack([g, torch.ones_like(g)], 1)
+    x = torch.zeros(rows, inputs, dtype=BF16)
+    _cpu.backward(
+        "rnn_relu", x, None, None, weights, ones, (None, None), grad_y, None, None, dx, None, None, (None,) * 4, None, 1
+    )
+    assert_same_numbers(dx, (g.float()[:, None] + w.float()).to(BF16))
+
+
+@pytest.mark.parametrize("hidden", [1, 7, 251, 256])
+def test_every_value_passes_unchanged(hidden: int, instruction_set: str) -> None:
+    """Through an LSTM whose forget gate is 1 and whose input is 0, and its gradient back; NaN stays NaN."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(BF16)
+    batch = -(-len(every) // hidden)
+    states = torch.cat([every, every[: batch * hidden - len(every)]]).view(batch, hidden)
+    assert states.isnan().any()
+    assert states.isinf().any()
+    layer = Layer((batch,), hidden, inputs=1)
+    forward = forward_operands("lstm", layer, BF16)
+    gates = torch.zeros(4, hidden, dtype=BF16)
+    gates[1] = 60.0
+    zeros = [torch.zeros_like(w) for w in forward["weights"][:2]]
+    c_n = torch.full((1, batch, hidden), math.nan, dtype=BF16)
+    forward |= {"h0": None, "c0": states[None], "weights": (*zeros, gates.flatten(), None), "c_n": c_n}
+    _cpu.forward(*forward.values())
+    assert_same_numbers(c_n[0], states)
+
+    forward |= {"c0": torch.ones_like(c_n), "weights": (*zeros, gates.flatten(), None)}
+    _cpu.forward(*forward.values())
+    backward = backward_operands(forward) | {
+        "grad_y": None,
+        "grad_h_n": None,
+        "grad_c_n": states[None],
+        # Its gates' gradients are not finite, so nothing may be multiplied by them.
+        "dx": None,
+        "dh0": None,
+        "dweights": (None,) * 4,
+    }
+    _cpu.backward(*backward.values())
+    assert_same_numbers(backward["dc0"][0], states)
+
+
+# Through modules --------------------------------------------------------------------------------------------------
+
+
+def _table() -> tuple[Case, ...]:
+    cases = []
+    for cell in CELLS:
+        plain = Case(cell, steps=6, hidden=18)
+        cases += [replace(plain, batch=batch, hidden=hidden) for batch in (2, 7, 8, 13) for hidden in (5, 67)]
+        cases += [
+            replace(plain, steps=40, batch=3, bidirectional=True),
+            replace(plain, steps=40, batch=9, bidirectional=True, batch_first=True),
+            replace(plain, batch=9, layers=2, bidirectional=True),
+            replace(plain, batch=3, bias=False, initial=False),
+            replace(plain, unbatched=True),
+            replace(plain, lengths=(2, 5, 1, 4, 3)),
+            replace(plain, lengths=(1, 9, 2, 8, 3, 7, 4, 6, 5), bidirectional=True),
+            replace(plain, lengths=(5, 5, 5, 5, 5, 5, 5, 4, 4, 3, 2, 2, 1), bidirectional=True, initial=False),
+            replace(plain, batch=5, single_step=True),
+            replace(plain, batch=13, single_step=True, bias=False),
+        ]
+    return tuple(cases)
+
+
+def run(case: Case, library: ModuleType) -> dict[str, Tensor]:
+    module = case.module(library, BF16)
+    x, states = case.operands(BF16)
+    outputs = case.run(module, x, states)
+    assert all(t.dtype is BF16 for t in outputs.values())
+    return outputs | gradients(module, x, states, outputs)
+
+
+@cache
+def truth(case: Case) -> dict[str, Tensor]:
+    """The textbook in float64, of the same values."""
+    module = case.module(torch.nn, BF16).double()
+    x, states = case.operands(BF16)
+    x, *states = (t.detach().double().requires_grad_() for t in (x, *states))
+    outputs = case.run_reference(module, x, tuple(states))
+    weights = {name: w.double() for name, w in result_weights({k: t.to(BF16) for k, t in outputs.items()}).items()}
+    return outputs | gradients(module, x, tuple(states), outputs, weights=weights)
+
+
+@cache
+def errors_of_torch(case: Case) -> dict[str, float]:
+    return errors(run(case, torch.nn), truth(case))
+
+
+def errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
+    """The largest error of each tensor, in units of its largest element."""
+    assert found.keys() == true.keys()
+    return {
+        name: float((found[name].double() - t).detach().abs().max() / t.detach().abs().max())
+        for name, t in true.items()
+    }
+
+
+@pytest.mark.parametrize("case", _table(), ids=str)
+def test_as_accurate_as_torch(case: Case, instruction_set: str) -> None:
+    x, states = case.operands(BF16)
+    assert pyrnnfast.explain(case.module(pyrnnfast, BF16), case.packed(x), case.hx(states)).path == "fused"
+    theirs = errors_of_torch(case)
+    for name, error in errors(run(case, pyrnnfast), truth(case)).items():
+        assert error <= 2 * theirs[name] + UNIT, f"{name}: error {error:.2e}, torch's {theirs[name]:.2e}"
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_more_accurate_than_torch_on_average(cell: str, instruction_set: str) -> None:
+    """torch rounds the state of each step."""
+    ours, theirs = [], []
+    for case in _table():
+        if case.cell == cell:
+            ours += errors(run(case, pyrnnfast), truth(case)).values()
+            theirs += errors_of_torch(case).values()
+    assert sum(ours) < sum(theirs)
