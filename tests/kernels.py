@@ -23,6 +23,8 @@ SCHEDULES: dict[str, dict[str, int]] = {
     "chunks_of_7_rows": {"chunk_rows": 7},
     "unpacked": {"unpacked_rows": 10**6, "unpacked_step": 10**6},
     "packed": _PACKED,
+    # Rows cut into as many groups as there are threads, where threads would rather share the units.
+    "groups_of_rows": {"rows_per_thread": 1, "chunk_rows": 64} | _PACKED,
 }
 
 

@@ -20,8 +20,6 @@ namespace {
 
 // What finishing one unit of one row costs, beside its product, in operations of the product.
 constexpr double kTailOperations = 100;
-// With fewer rows than this a thread, tiles are too low to be efficient and threads share the units instead.
-constexpr int64_t kRowsPerThread = 4;
 
 // What set_threshold may change; a negative value: the one written here.
 struct Threshold {
@@ -42,7 +40,12 @@ Threshold unpacked_rows{"unpacked_rows"};
 constexpr int64_t kUnpackedRows = 8;
 // A single step reads its weights where they lie up to this batch size.
 Threshold unpacked_step{"unpacked_step"};
-constexpr int64_t kUnpackedStep = 64;
+constexpr int64_t kUnpackedStep = 64;// With fewer rows than this a thread, tiles are too low to be efficient.
+Threshold rows_per_thread{"rows_per_thread"};
+constexpr int64_t kRowsPerThread = 4;
+// So large a W_hh does not fit the second cache: threads that each have few rows had better share its units.
+constexpr int64_t kLargeWeights = 192 << 10, kFewRows = 16;
+
 struct AlignedDelete {
   size_t alignment;
   void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t(alignment)); }
@@ -157,8 +160,14 @@ Plan make_plan(const Backward& p) {
   return plan;
 }
 
-int groups_of(const Problem& p, int threads) {
-  return static_cast<int>(std::clamp<int64_t>(p.batch / kRowsPerThread, 1, threads));
+// Into how many groups the rows are cut, each for one thread or for several that share its units. Groups never wait for
+// one another; but those of ragged rows end at different times, whatever the cut, as rows go by whole tiles.
+int groups_of(const Problem& p, int64_t blocks, int threads) {
+  const bool large = gates_of(p.cell) * p.hidden * p.hidden >= kLargeWeights;
+  const bool share_units = !is_dense(p) || (large && p.batch < kFewRows * threads);
+  const int64_t most = p.batch / std::max<int64_t>(rows_per_thread.or_else(kRowsPerThread), 1);
+  const int64_t wanted = share_units && rows_per_thread.or_else(-1) < 0 ? (threads + blocks - 1) / blocks : threads;
+  return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most), 1, threads));
 }
 
 template <class P>
@@ -176,7 +185,7 @@ struct Job {
     const Share share = share_for(rank, size);
     const bool sweeps = share.row_begin < share.row_end;
     const bool descending = Order<P>::descending(problem);
-    const bool places_change = groups_of(problem, size) > 1 && !is_dense(problem);
+    const bool places_change = groups_of(problem, blocks, size) > 1 && !is_dense(problem);
     kernel.begin(problem, plan, share);
     wait(size);
     Chunk before{0, 0, -1};
@@ -201,7 +210,7 @@ struct Job {
  private:
   // The team may be smaller than was asked for, and is known only inside it.
   Share share_for(int rank, int size) {
-    const int groups = groups_of(problem, size);
+    const int groups = groups_of(problem, blocks, size);
     const int members = static_cast<int>(std::min<int64_t>(size / groups, blocks));
     const int group = rank / members, member = rank % members;
     if (group >= groups) return Share{rank, size, 0, 0, 0, 0, 0, 1, nullptr};
@@ -294,7 +303,7 @@ void run(const Product& p, int threads) {
 }
 
 void set_threshold(const std::string& name, int64_t value) {
-  for (Threshold* threshold : {&chunk_rows, &unpacked_rows, &unpacked_step, &serial_operations}) {
+  for (Threshold* threshold : {&chunk_rows, &unpacked_rows, &unpacked_step, &serial_operations, &rows_per_thread}) {
     if (name == threshold->name) {
       threshold->set = value;
       return;
