@@ -13,7 +13,7 @@ from pyrnnfast.passes import CELLS as WIDTHS
 Operands = dict[str, Any]
 """The arguments of ``_cpu.forward`` or ``_cpu.backward`` by name, in order."""
 
-THRESHOLDS = ("chunk_rows", "unpacked_rows", "unpacked_step", "serial_operations")
+THRESHOLDS = ("chunk_rows", "unpacked_rows", "unpacked_step", "serial_operations", "rows_per_thread")
 
 _PACKED = {"unpacked_rows": 0, "unpacked_step": 0}
 # What the kernels decide by size, forced, so that small sizes take every road.

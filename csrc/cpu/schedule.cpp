@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -40,17 +39,11 @@ Threshold unpacked_rows{"unpacked_rows"};
 constexpr int64_t kUnpackedRows = 8;
 // A single step reads its weights where they lie up to this batch size.
 Threshold unpacked_step{"unpacked_step"};
-constexpr int64_t kUnpackedStep = 64;// With fewer rows than this a thread, tiles are too low to be efficient.
+constexpr int64_t kUnpackedStep = 64;  // With fewer rows than this a thread, tiles are too low to be efficient.
 Threshold rows_per_thread{"rows_per_thread"};
 constexpr int64_t kRowsPerThread = 4;
 // So large a W_hh does not fit the second cache: threads that each have few rows had better share its units.
 constexpr int64_t kLargeWeights = 192 << 10, kFewRows = 16;
-
-struct AlignedDelete {
-  size_t alignment;
-  void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t(alignment)); }
-};
-using Scratch = std::unique_ptr<std::byte[], AlignedDelete>;
 
 constexpr size_t kLargePage = size_t{2} << 20;
 
@@ -67,13 +60,40 @@ void wish_for_large_pages(void* data, size_t bytes) {
 #endif
 }
 
-Scratch allocate(size_t bytes) {
-  const size_t alignment = bytes >= 2 * kLargePage ? kLargePage : 64;
-  Scratch scratch(static_cast<std::byte*>(::operator new[](bytes, std::align_val_t(alignment))),
-                  AlignedDelete{alignment});
-  wish_for_large_pages(scratch.get(), bytes);
-  return scratch;
-}
+// The memory of one call. What a call has used is kept for the next one, at most kKept bytes of it: memory that is
+// given back comes fresh from the system the next time, and its first touch takes longer than many a kernel.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : block_(spare.exchange(nullptr)) {
+    if (block_ != nullptr && block_->bytes >= bytes) return;
+    release(block_);
+    block_ = nullptr;
+    const size_t total = sizeof(Block) + bytes;
+    const size_t alignment = total >= 2 * kLargePage ? kLargePage : alignof(Block);
+    void* memory = ::operator new(total, std::align_val_t(alignment));
+    wish_for_large_pages(memory, total);
+    block_ = new (memory) Block{bytes, alignment};
+  }
+  ~Scratch() { release(block_->bytes <= kKept ? spare.exchange(block_) : block_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  std::byte* data() const { return reinterpret_cast<std::byte*>(block_ + 1); }
+
+ private:
+  struct alignas(64) Block {
+    size_t bytes, alignment;
+  };
+  static constexpr size_t kKept = size_t{32} << 20;
+  static std::atomic<Block*> spare;  // a call at the same time finds none, and takes its own
+
+  static void release(Block* block) {
+    if (block != nullptr) ::operator delete(block, std::align_val_t(block->alignment));
+  }
+
+  Block* block_;
+};
+std::atomic<Scratch::Block*> Scratch::spare{nullptr};
 
 // The cost of the rows [begin, end) of every step, in rows: fewer than a low tile's take no less time, as the weights
 // have to be read all the same.
@@ -235,20 +255,6 @@ struct Job {
   }
 };
 
-size_t element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
-
-// The large outputs, which the caller has just allocated.
-void prepare_output(const Matrix& m, int64_t rows, int64_t columns, size_t element) {
-  wish_for_large_pages(m.data, static_cast<size_t>((rows - 1) * m.stride + columns) * element);
-}
-void prepare_outputs(const Forward& p) {
-  const int64_t rows = p.offsets[p.steps];
-  prepare_output(p.y, rows, p.hidden, element_bytes(p.dtype));
-  prepare_output(p.saved, rows, p.hidden, element_bytes(p.dtype));
-  prepare_output(p.cells, rows, p.hidden, std::max<size_t>(element_bytes(p.dtype), 4));
-}
-void prepare_outputs(const Backward& p) { prepare_output(p.dx, p.offsets[p.steps], p.inputs, element_bytes(p.dtype)); }
-
 template <class P>
 void run_kernel(const P& p, const Kernel<P>& kernel, int threads) {
   const int64_t rows = p.offsets[p.steps];
@@ -269,9 +275,8 @@ void run_kernel(const P& p, const Kernel<P>& kernel, int threads) {
     begin[r] = total;
     if (bytes[r] > 0) total += (static_cast<size_t>(bytes[r]) + 2 * line - 1) / line * line;
   }
-  const Scratch scratch = allocate(total);
-  for (int r = 0; r < kRegions; ++r) plan.region[r] = bytes[r] > 0 ? scratch.get() + begin[r] : nullptr;
-  prepare_outputs(p);
+  const Scratch scratch(total);
+  for (int r = 0; r < kRegions; ++r) plan.region[r] = bytes[r] > 0 ? scratch.data() + begin[r] : nullptr;
   Job<P> job{p, kernel, plan, kernel.blocks(p), std::vector<Barrier>(static_cast<size_t>(threads)), {}};
   parallel(threads, Job<P>::body, &job);
 }
@@ -293,8 +298,8 @@ void run(const Product& p, int threads) {
     ProductFn fn;
     void* panel;
   };
-  const Scratch panel = allocate(static_cast<size_t>(isa.product_panel_bytes * threads));
-  Call call{p, isa.product[static_cast<int>(p.dtype)], panel.get()};
+  const Scratch panel(static_cast<size_t>(isa.product_panel_bytes * threads));
+  Call call{p, isa.product[static_cast<int>(p.dtype)], panel.data()};
   const auto body = [](void* context, int rank, int size) {
     const auto& c = *static_cast<const Call*>(context);
     c.fn(c.problem, c.panel, rank, size);

@@ -135,6 +135,9 @@ struct Simd {
     return v[0];
   }
 
+  // Lane i of v[j] becomes lane j of v[i].
+  static void transpose(Value (&v)[lanes]) { exchange<lanes / 2>(v); }
+
   // NaN in v stays NaN (the x86 instructions return their second operand then).
   static Value clamp(Value v, Value low, Value high) {
 #if defined(__AVX512F__)
@@ -180,6 +183,20 @@ struct Simd {
       v[i] = halves<Width, 0>(v[i], v[i + Width], All{}) + halves<Width, 1>(v[i], v[i + Width], All{});
     }
     if constexpr (Width > 1) fold<Width / 2>(v);
+  }
+
+  // Exchanges the off-diagonal quarters of squares of 2·Width, then within the quarters.
+  template <int Width>
+  static void exchange(Value (&v)[lanes]) {
+    using All = typename Count<lanes>::Type;
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if ((i & Width) != 0) continue;
+      const Value a = v[i], b = v[i + Width];
+      v[i] = halves<Width, 0>(a, b, All{});
+      v[i + Width] = halves<Width, 1>(a, b, All{});
+    }
+    if constexpr (Width > 1) exchange<Width / 2>(v);
   }
 
   static Mask first(int n) {

@@ -41,23 +41,27 @@ inline float convert<float, Bf16>(Bf16 x) {
 template <class S, class P, class E>
 void pack_by_unit(const E* weight, int64_t stride, int gates, int64_t hidden, int64_t depth, const Block& block,
                   P* panel) {
+  using V = typename S::Value;
   const int width = block.vectors * S::lanes;
   const int64_t row = int64_t{gates} * width;  // elements of one k
-  // In stretches of k short enough for the lines written to stay in the first cache while all rows pass.
-  constexpr int64_t stretch = 16;
-  for (int64_t k0 = 0; k0 < depth; k0 += stretch) {
-    const int64_t k1 = k0 + stretch < depth ? k0 + stretch : depth;
-    for (int gate = 0; gate < gates; ++gate) {
-      for (int lane = 0; lane < width; ++lane) {
-        P* to = panel + gate * width + lane;
-        if (lane < block.present) {
-          const E* from = weight + (gate * hidden + block.first + lane) * stride;
-          // So many rows are open at once that the processor's own prefetching gives up.
-          __builtin_prefetch(from + k1);
-          for (int64_t k = k0; k < k1; ++k) to[k * row] = convert<P>(from[k]);
-        } else {
-          for (int64_t k = k0; k < k1; ++k) to[k * row] = P{};
-        }
+  // A square of units × k at a time: whole vectors are read and written, and few rows are open at once.
+  for (int column = 0; column < row; column += S::lanes) {
+    const int gate = column / width, unit = column % width;
+    const int present = block.present - unit < S::lanes ? block.present - unit : S::lanes;
+    const E* from = weight + (gate * hidden + block.first + unit) * stride;
+    for (int64_t k = 0; k < depth; k += S::lanes) {
+      const int left = depth - k < S::lanes ? static_cast<int>(depth - k) : S::lanes;
+      V square[S::lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < S::lanes; ++i) {
+        const E* at = from + i * stride + k;
+        square[i] = i >= present ? V{} : left == S::lanes ? S::load(at) : S::load_part(at, left);
+      }
+      S::transpose(square);
+      P* to = panel + k * row + column;
+#pragma GCC unroll 16
+      for (int i = 0; i < S::lanes; ++i) {
+        if (i < left) S::store(to + i * row, square[i]);
       }
     }
   }
