@@ -82,6 +82,43 @@ void check_batch_sizes_of(const py::args& args, const py::kwargs& kwargs) {
   check_batch_sizes(read_tensor(arguments[0], names[0]), arguments.integer(1));
 }
 
+// Whether every tensor is one of the given types, not lazily negated, on the CPU, of one dtype that the kernels know
+// and of its shape: what Python would take longer to find out than a small kernel to run.
+bool agree(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"types", "tensors", "shapes"};
+  const Arguments arguments("agree", names, args, kwargs);
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (!PyTuple_Check(arguments[i].ptr())) throw py::type_error(std::string(names[i]) + " must be a tuple");
+  }
+  const auto types = arguments[0].cast<py::tuple>(), tensors = arguments[1].cast<py::tuple>(),
+             shapes = arguments[2].cast<py::tuple>();
+  if (tensors.size() != shapes.size()) return false;
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  ElementType type = ElementType::other;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const py::handle tensor = tensors[i], shape = shapes[i];
+    bool known = false;
+    for (const py::handle t : types) known |= reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) == t.ptr();
+    if (!known || !PyTuple_Check(shape.ptr())) return false;
+    const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), is_neg));
+    if (!negated) throw py::error_already_set();
+    if (negated.ptr() != Py_False) return false;
+    const Operand o = read_tensor(tensor, names[1]);
+    if (!o.on_cpu || (i > 0 && o.type != type) || o.type == ElementType::other || o.type == ElementType::int64 ||
+        o.dimensions != PyTuple_GET_SIZE(shape.ptr()) || o.dimensions > 3) {
+      return false;
+    }
+    type = o.type;
+    for (int d = 0; d < o.dimensions; ++d) {
+      if (o.shape[d] != PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), d))) {
+        PyErr_Clear();
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 const std::vector<const char*> kNone;
 
 std::vector<std::string> names_of_instruction_sets(const py::args& args, const py::kwargs& kwargs) {
@@ -136,6 +173,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("backward", &backward);
   m.def("check_batch_sizes", &check_batch_sizes_of,
         "Raises ValueError unless batch_sizes are those of packed data of so many rows.");
+  m.def("agree", &agree, "Whether tensors are plain ones of these types and shapes, and of one dtype of the kernels'.");
   m.def("instruction_sets", &names_of_instruction_sets, "Those that this machine can run, the best first.");
   m.def("instruction_set", &name_of_instruction_set, "The one in use.");
   m.def("select_instruction_set", &use_instruction_set);

@@ -5,6 +5,8 @@ What the kernels do not serve, bad input included, goes to torch, which computes
 :func:`obstacle` says why, before anything is done.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -97,6 +99,11 @@ def _tensor_obstacle(name: str, tensor: Any, dtype: torch.dtype) -> str:
 def _weights_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
     if not weights or not isinstance(weights[0], Tensor):
         return "there are no weights"
+    shapes = _weight_shapes(*spec[:4], spec.bias, spec.directions)
+    # A sparse tensor or one without memory has no address that could be asked for.
+    with contextlib.suppress(ValueError):
+        if _cpu.agree(_PLAIN, tuple(weights), shapes):
+            return None
     dtype = weights[0].dtype
     if dtype not in _SERVED_DTYPES:
         return f"the kernels serve float32, float64 and bfloat16, not {dtype}"
@@ -107,20 +114,25 @@ def _weights_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
 
 
 def _shapes_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
-    per_direction, directions = spec.per_direction, spec.directions
-    if len(weights) != spec.num_layers * directions * per_direction:
-        return f"{spec.num_layers * directions * per_direction} weights are expected, got {len(weights)}"
-    rows = passes.CELLS[spec.cell].gates * spec.hidden_size
-    hidden, inputs = spec.hidden_size, spec.input_size
-    k = 0
-    for _ in range(spec.num_layers):
-        for _ in range(directions):
-            for expected in ((rows, inputs), (rows, hidden), (rows,), (rows,))[:per_direction]:
-                if weights[k].shape != expected:
-                    return f"a weight has the shape {list(weights[k].shape)}, where {list(expected)} is expected"
-                k += 1
-        inputs = hidden * directions
+    shapes = _weight_shapes(*spec[:4], spec.bias, spec.directions)
+    if len(weights) != len(shapes):
+        return f"{len(shapes)} weights are expected, got {len(weights)}"
+    for weight, expected in zip(weights, shapes, strict=True):
+        if weight.shape != expected:
+            return f"a weight has the shape {list(weight.shape)}, where {list(expected)} is expected"
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def _weight_shapes(
+    cell: str, inputs: int, hidden: int, layers: int, bias: bool, directions: int
+) -> tuple[tuple[int, ...], ...]:
+    rows = passes.CELLS[cell].gates * hidden
+    shapes: list[tuple[int, ...]] = []
+    for _ in range(layers):
+        shapes += ((rows, inputs), (rows, hidden), (rows,), (rows,))[: 4 if bias else 2] * directions
+        inputs = hidden * directions
+    return tuple(shapes)
 
 
 def obstacle(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequence[Tensor]) -> str | None:
@@ -260,29 +272,25 @@ def _run_layers(
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """Args: x: [T, B, I], or [N, I] when packed; hx: [layers·D, B, H] each."""
     h0, c0 = (hx, None) if hx is None or isinstance(hx, Tensor) else hx
-    directions, per_layer = spec.directions, spec.directions * spec.per_direction
+    given: list[Tensor | None] = list(weights)
+    if not spec.bias:
+        given = [w for k in range(0, len(weights), 2) for w in (*weights[k : k + 2], None, None)]
+    if spec.num_layers == 1:
+        x, h, c = autograd.layer(spec.cell, x, batch_sizes, h0, c0, given)
+        return x, h if c is None else (h, c)
+    directions = spec.directions
     h_n, c_n = [], []
     for k in range(spec.num_layers):
         if k > 0 and spec.training and spec.dropout > 0:
             x = torch.dropout(x, spec.dropout, True)
-        layer_weights: Sequence[Tensor | None] = weights[k * per_layer : (k + 1) * per_layer]
-        if not spec.bias:
-            layer_weights = [w for d in range(directions) for w in (*layer_weights[2 * d : 2 * d + 2], None, None)]
         states = slice(k * directions, (k + 1) * directions)
-        x, h, c = autograd.layer(
-            spec.cell,
-            x,
-            batch_sizes,
-            None if h0 is None else h0[states],
-            None if c0 is None else c0[states],
-            layer_weights,
-        )
+        layer_h0, layer_c0 = (None if s is None else s[states] for s in (h0, c0))
+        layer_weights = given[4 * k * directions : 4 * (k + 1) * directions]
+        x, h, c = autograd.layer(spec.cell, x, batch_sizes, layer_h0, layer_c0, layer_weights)
         h_n.append(h)
-        c_n.append(c)
-    hidden = h_n[0] if spec.num_layers == 1 else torch.cat(h_n)
-    if spec.cell != "lstm":
-        return x, hidden
-    return x, (hidden, c_n[0] if spec.num_layers == 1 else torch.cat(c_n))  # type: ignore[arg-type, return-value]
+        if c is not None:
+            c_n.append(c)
+    return x, (torch.cat(h_n), torch.cat(c_n)) if c_n else torch.cat(h_n)
 
 
 def _run_step(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:

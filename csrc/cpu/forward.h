@@ -147,11 +147,33 @@ struct ForwardPass {
     int index, turn;
   };
 
-  // Products of one row, gates `gate_stride` apart.
+  // The products of a column, gates `gate_stride` apart.
   struct RowProducts {
     const T* recurrent;
+    int64_t recurrent_stride;
     const T* input;
+    int64_t input_stride;
     int gate_stride;
+  };
+
+  // One vector of units of the place's rows: where its operands stand in the first of them. All of it fits registers,
+  // where the operands themselves would have to be read again after each store, which might have changed them.
+  struct Column {
+    V bias[gates], bias_hn;
+    const T* before;
+    T* after;
+    T* cell;
+    int64_t state_stride;
+    E* y;
+    int64_t y_stride;
+    E* saved;
+    int64_t saved_stride, gate_stride;
+    T* cells;
+    int64_t cells_stride;
+    // From row `ending` on, the last states are written as well.
+    int64_t ending;
+    E *h_n, *c_n;
+    int64_t h_n_stride, c_n_stride;
   };
 
   template <class P>
@@ -209,13 +231,9 @@ struct ForwardPass {
       recurrent_product<T>(p, plan, place, b, h, tile);
     }
     for (int v = 0; v < b.vectors; ++v) {
-      const RowProducts first{tile + v * S::lanes, input + v * S::lanes, b.vectors * S::lanes};
-      with_lanes<S>(b.present - v * S::lanes, [&](const auto& lanes) {
-        RowProducts row = first;
-        for (int m = 0; m < place.rows; ++m, row.recurrent += width, row.input += input_stride) {
-          finish(p, plan, lanes, row, place, m, b, v);
-        }
-      });
+      const RowProducts products{tile + v * S::lanes, width, input + v * S::lanes, input_stride, b.vectors * S::lanes};
+      const Column column = column_of(p, plan, place, b, v);
+      with_lanes<S>(b.present - v * S::lanes, [&](const auto& lanes) { finish(lanes, column, products, place.rows); });
     }
   }
 
@@ -280,42 +298,62 @@ struct ForwardPass {
     }
   }
 
-  // Row `m` of the place, vector `v` of the block.
-  template <class L>
-  static void finish(const Forward& p, const Plan& plan, const L& lanes, const RowProducts& product, const Place& place,
-                     int m, const Block& b, int v) {
-    const int64_t row = place.row + m, flat = p.offsets[place.t] + row;
-    const int64_t unit = b.first + v * S::lanes, units = padded<S>(p.hidden);
-    const T* bias = region<T>(plan, kBias) + gates_offset(b) + v * S::lanes;
-    StepForward<V> s;
-#pragma GCC unroll 4
-    for (int g = 0; g < gates; ++g) {
-      s.x[g] = S::load(product.input + g * product.gate_stride) + S::load(bias + g * product.gate_stride);
-      s.a[g] = S::load(product.recurrent + g * product.gate_stride);
-    }
-    if constexpr (Cell::has_bias_hn) s.bias_hn = S::load(region<T>(plan, kBias) + gates_stride(p) + unit);
+  static Column column_of(const Forward& p, const Plan& plan, const Place& place, const Block& b, int v) {
+    const int64_t flat = p.offsets[place.t] + place.row;
+    const int64_t unit = b.first + v * S::lanes, units = padded<S>(p.hidden), state = place.row * units + unit;
     const bool even = place.step % 2 == 0;
-    T* state[2] = {region<T>(plan, even ? kState0 : kState1) + row * units + unit,
-                   region<T>(plan, even ? kState1 : kState0) + row * units + unit};
-    if constexpr (Cell::forward_reads_h_prev) s.h_prev = S::load(state[0]);
-    T* cell = nullptr;
+    Column c{};
+    const T* bias = region<T>(plan, kBias) + gates_offset(b) + v * S::lanes;
+    for (int g = 0; g < gates; ++g) c.bias[g] = S::load(bias + g * b.vectors * S::lanes);
+    if constexpr (Cell::has_bias_hn) c.bias_hn = S::load(region<T>(plan, kBias) + gates_stride(p) + unit);
+    c.before = region<T>(plan, even ? kState0 : kState1) + state;
+    c.after = region<T>(plan, even ? kState1 : kState0) + state;
+    c.state_stride = units;
+    c.y = at<E>(p.y, flat, unit);
+    c.y_stride = p.y.stride;
+    if (p.saved.data != nullptr) c.saved = at<E>(p.saved, flat, unit);
+    c.saved_stride = p.saved.stride;
+    c.gate_stride = p.hidden;
+    c.ending = place.going_on - place.row;
+    c.h_n = at<E>(p.h_n, place.row, unit);
+    c.h_n_stride = p.h_n.stride;
     if constexpr (Cell::has_cell) {
-      cell = region<T>(plan, kCell) + row * units + unit;
-      s.c_prev = S::load(cell);
+      c.cell = region<T>(plan, kCell) + state;
+      if (p.cells.data != nullptr) c.cells = at<T>(p.cells, flat, unit);
+      c.cells_stride = p.cells.stride;
+      c.c_n = at<E>(p.c_n, place.row, unit);
+      c.c_n_stride = p.c_n.stride;
     }
-    Cell::template forward<Math>(s);
-    S::store(state[1], s.h);
-    lanes.store(at<E>(p.y, flat, unit), s.h);
-    const bool ends = row >= place.going_on;
-    if (ends) lanes.store(at<E>(p.h_n, row, unit), s.h);
-    if constexpr (Cell::has_cell) {
-      S::store(cell, s.c);
-      if (ends) lanes.store(at<E>(p.c_n, row, unit), s.c);
-      if (p.cells.data != nullptr) lanes.store(at<T>(p.cells, flat, unit), s.c);
-    }
-    if (p.saved.data != nullptr) {
+    return c;
+  }
+
+  template <class L>
+  static void finish(const L lanes, const Column c, const RowProducts product, int rows) {
+    for (int m = 0; m < rows; ++m) {
+      const T* input = product.input + m * product.input_stride;
+      const T* recurrent = product.recurrent + m * product.recurrent_stride;
+      StepForward<V> s;
 #pragma GCC unroll 4
-      for (int g = 0; g < Cell::saved; ++g) lanes.store(at<E>(p.saved, flat, g * p.hidden + unit), s.saved[g]);
+      for (int g = 0; g < gates; ++g) {
+        s.x[g] = S::load(input + g * product.gate_stride) + c.bias[g];
+        s.a[g] = S::load(recurrent + g * product.gate_stride);
+      }
+      s.bias_hn = c.bias_hn;
+      if constexpr (Cell::forward_reads_h_prev) s.h_prev = S::load(c.before + m * c.state_stride);
+      if constexpr (Cell::has_cell) s.c_prev = S::load(c.cell + m * c.state_stride);
+      Cell::template forward<Math>(s);
+      S::store(c.after + m * c.state_stride, s.h);
+      lanes.store(c.y + m * c.y_stride, s.h);
+      if (m >= c.ending) lanes.store(c.h_n + m * c.h_n_stride, s.h);
+      if constexpr (Cell::has_cell) {
+        S::store(c.cell + m * c.state_stride, s.c);
+        if (m >= c.ending) lanes.store(c.c_n + m * c.c_n_stride, s.c);
+        if (c.cells != nullptr) lanes.store(c.cells + m * c.cells_stride, s.c);
+      }
+      if (c.saved != nullptr) {
+#pragma GCC unroll 4
+        for (int g = 0; g < Cell::saved; ++g) lanes.store(c.saved + m * c.saved_stride + g * c.gate_stride, s.saved[g]);
+      }
     }
   }
 };
