@@ -111,14 +111,8 @@ def _forward(
     kept: Tensors = ()
     if keep:
         directions, hidden = _sizes(weights)
-        rows = x.shape[:-1].numel()
-        # The cell state stays in float32 where the rest is narrower.
-        cells_dtype = torch.float32 if x.dtype is torch.bfloat16 else x.dtype
         for _ in range(directions):
-            kept += (
-                x.new_empty(rows, cell.saved * hidden) if cell.saved else None,
-                x.new_empty(rows, hidden, dtype=cells_dtype) if cell.has_cell else None,
-            )
+            kept += _room_to_keep(cell, x, hidden)
     _cpu.forward(
         name,
         _rows(x),  # type: ignore[arg-type]
@@ -133,6 +127,25 @@ def _forward(
         torch.get_num_threads(),
     )
     return c_n, kept
+
+
+def _room_to_keep(cell: Cell, x: Tensor, hidden: int) -> tuple[Tensor | None, Tensor | None]:
+    rows = x.shape[:-1].numel()
+    if not cell.has_cell:
+        return x.new_empty(rows, cell.saved * hidden) if cell.saved else None, None
+    columns = [cell.saved * hidden, hidden]
+    together = rows * sum(columns) * x.element_size() <= _LARGEST_HEAP_BLOCK
+    if x.dtype is torch.bfloat16 or not together:  # the cell state stays in float32
+        cells_dtype = torch.float32 if x.dtype is torch.bfloat16 else x.dtype
+        return x.new_empty(rows, columns[0]), x.new_empty(rows, columns[1], dtype=cells_dtype)
+    # One block: glibc keeps twice as much free memory as the largest block that it has seen, and gives the rest back to
+    # the system. A training step's memory then just fits, where it would come fresh, page by page, at every step.
+    gates, cells = x.new_empty(rows, sum(columns)).split(columns, 1)
+    return gates, cells
+
+
+# What is larger never stays with glibc.
+_LARGEST_HEAP_BLOCK = 32 << 20
 
 
 class Gradients(NamedTuple):

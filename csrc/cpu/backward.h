@@ -190,6 +190,28 @@ struct BackwardPass {
     int rows;
     int index, turn;
   };
+  // One vector of units of the place's rows: where its operands stand in the first of them. All of it fits registers,
+  // where the operands themselves would have to be read again after each store, which might have changed them.
+  struct Column {
+    const E* grad_y;
+    int64_t grad_y_stride;
+    const E* saved;
+    int64_t saved_stride, gate_stride;
+    const E* y;
+    int64_t y_stride;
+    const T* cells;
+    int64_t cells_stride;
+    // The state before the step: of the step before in time, for so many rows, and else the layer's first.
+    int64_t with_prev;
+    const E* y_prev;
+    const T* cells_prev;
+    const E* first;
+    int64_t first_stride;
+    T* carry;
+    int64_t carry_stride;
+    T* dgates;
+    int64_t dgates_stride;
+  };
   // A row of the data: row `row` of step t.
   struct Cursor {
     int64_t flat, t, row;
@@ -281,12 +303,10 @@ struct BackwardPass {
     }
     T* out = dgates_at(p, plan, chunk, place.t) + place.row * dgates_stride(p);
     for (int v = 0; v < b.vectors; ++v) {
-      with_lanes<S>(b.present - v * S::lanes, [&](const auto& lanes) {
-        for (int m = 0; m < place.rows; ++m) {
-          finish(p, plan, lanes, tile + m * width + v * S::lanes, place.t, place.row + m, b.first + v * S::lanes,
-                 out + m * dgates_stride(p));
-        }
-      });
+      const int64_t unit = b.first + v * S::lanes;
+      const Column column = column_of(p, plan, place, unit, out + unit);
+      const T* product = tile + v * S::lanes;
+      with_lanes<S>(p.hidden - unit, [&](const auto& lanes) { finish(lanes, column, product, width, place.rows); });
     }
   }
 
@@ -298,33 +318,65 @@ struct BackwardPass {
     if constexpr (Cell::backward_reads_h) prefetch(p.y, flat, unit, sizeof(E));
   }
 
-  // One row of one vector of units; `product` is the gradient that comes from the step before.
-  template <class L>
-  static void finish(const Backward& p, const Plan& plan, const L& lanes, const T* product, int64_t t, int64_t row,
-                     int64_t unit, T* dgates) {
-    const int64_t flat = p.offsets[t] + row, H = p.hidden;
-    const int64_t t_prev = p.reverse ? t + 1 : t - 1;
-    const bool has_prev = row < active_rows(p, t_prev);
-    StepBackward<V> s;
-    s.dh = S::load(product) + lanes.template load_or_zero<E>(p.grad_y, flat, unit);
-#pragma GCC unroll 4
-    for (int g = 0; g < Cell::saved; ++g) s.saved[g] = lanes.load(at<const E>(p.saved, flat, g * H + unit));
-    if constexpr (Cell::backward_reads_h) s.h = lanes.load(at<const E>(p.y, flat, unit));
-    if constexpr (Cell::backward_reads_h_prev) {
-      const E* from = previous_h(p, t, row);
-      s.h_prev = from == nullptr ? V{} : lanes.load(from + unit);
+  static Column column_of(const Backward& p, const Plan& plan, const Place& place, int64_t unit, T* dgates) {
+    const int64_t flat = p.offsets[place.t] + place.row, units = padded<S>(p.hidden);
+    const int64_t t_prev = p.reverse ? place.t + 1 : place.t - 1;
+    Column c{};
+    if (p.grad_y.data != nullptr) c.grad_y = at<const E>(p.grad_y, flat, unit);
+    c.grad_y_stride = p.grad_y.stride;
+    if constexpr (Cell::saved > 0) {
+      c.saved = at<const E>(p.saved, flat, unit);
+      c.saved_stride = p.saved.stride;
     }
+    c.gate_stride = p.hidden;
+    if constexpr (Cell::backward_reads_h) c.y = at<const E>(p.y, flat, unit);
+    c.y_stride = p.y.stride;
     if constexpr (Cell::has_cell) {
-      s.c = lanes.load(at<const T>(p.cells, flat, unit));
-      s.c_prev = has_prev ? lanes.load(at<const T>(p.cells, p.offsets[t_prev] + row, unit))
-                          : lanes.template load_or_zero<E>(p.c0, row, unit);
+      c.cells = at<const T>(p.cells, flat, unit);
+      c.cells_stride = p.cells.stride;
     }
-    T* carry = region<T>(plan, kCell) + row * padded<S>(H) + unit;
-    if constexpr (Cell::has_carry) s.carry = S::load(carry);
-    Cell::template backward<Math>(s);
+    c.with_prev = active_rows(p, t_prev) - place.row;
+    if (c.with_prev > 0) {
+      const int64_t flat_prev = p.offsets[t_prev] + place.row;
+      if constexpr (Cell::backward_reads_h_prev) c.y_prev = at<const E>(p.y, flat_prev, unit);
+      if constexpr (Cell::has_cell) c.cells_prev = at<const T>(p.cells, flat_prev, unit);
+    }
+    const Matrix& first = Cell::has_cell ? p.c0 : p.h0;
+    if (first.data != nullptr) c.first = at<const E>(first, place.row, unit);
+    c.first_stride = first.stride;
+    if constexpr (Cell::has_carry) c.carry = region<T>(plan, kCell) + place.row * units + unit;
+    c.carry_stride = units;
+    c.dgates = dgates;
+    c.dgates_stride = dgates_stride(p);
+    return c;
+  }
+
+  // `product`: the gradient that comes from the step before.
+  template <class L>
+  static void finish(const L lanes, const Column c, const T* product, int64_t product_stride, int rows) {
+    for (int m = 0; m < rows; ++m) {
+      StepBackward<V> s;
+      s.dh = S::load(product + m * product_stride);
+      if (c.grad_y != nullptr) s.dh = s.dh + lanes.load(c.grad_y + m * c.grad_y_stride);
 #pragma GCC unroll 4
-    for (int g = 0; g < Cell::dgates; ++g) lanes.store(dgates + g * H + unit, s.dgates[g]);
-    if constexpr (Cell::has_carry) S::store(carry, s.carry);
+      for (int g = 0; g < Cell::saved; ++g) s.saved[g] = lanes.load(c.saved + m * c.saved_stride + g * c.gate_stride);
+      if constexpr (Cell::backward_reads_h) s.h = lanes.load(c.y + m * c.y_stride);
+      const V first = m < c.with_prev || c.first == nullptr ? V{} : lanes.load(c.first + m * c.first_stride);
+      if constexpr (Cell::backward_reads_h_prev) {
+        s.h_prev = m < c.with_prev ? lanes.load(c.y_prev + m * c.y_stride) : first;
+      }
+      if constexpr (Cell::has_cell) {
+        s.c = lanes.load(c.cells + m * c.cells_stride);
+        s.c_prev = m < c.with_prev ? lanes.load(c.cells_prev + m * c.cells_stride) : first;
+      }
+      if constexpr (Cell::has_carry) s.carry = S::load(c.carry + m * c.carry_stride);
+      Cell::template backward<Math>(s);
+#pragma GCC unroll 4
+      for (int g = 0; g < Cell::dgates; ++g) {
+        lanes.store(c.dgates + m * c.dgates_stride + g * c.gate_stride, s.dgates[g]);
+      }
+      if constexpr (Cell::has_carry) S::store(c.carry + m * c.carry_stride, s.carry);
+    }
   }
 
   // ∂L/∂h0 of rows whose first step was the one that `dgates` (row 0) belong to.
