@@ -37,11 +37,11 @@ struct BackwardPass {
     // Unpacked, only a last block that is not whole has to be copied.
     if (needs_hidden(p)) {
       const int64_t columns = plan.packed ? padded<S>(p.hidden) : unit_vectors * S::lanes;
-      bytes[kPackedHidden] = size * gates * p.hidden * columns;
+      bytes[kPackedHidden] = size * packed_depth(gates * p.hidden) * columns;
     }
     if (p.dx.data != nullptr) {
       const int64_t columns = plan.packed ? padded<S>(p.inputs) : unit_vectors * S::lanes;
-      bytes[kPackedInput] = size * gates * p.hidden * columns;
+      bytes[kPackedInput] = size * packed_depth(gates * p.hidden) * columns;
       if (!kSame<T, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
     }
     bytes[kBias] = size * Cell::dgates * p.hidden;
@@ -232,7 +232,7 @@ struct BackwardPass {
   }
   template <class P>
   static P* packed_panel(const Backward& p, const Plan& plan, Region r, const Block& b) {
-    return region<P>(plan, r) + (plan.packed ? gates * p.hidden * b.first : 0);
+    return region<P>(plan, r) + (plan.packed ? packed_depth(gates * p.hidden) * b.first : 0);
   }
   template <class P>
   static P* hidden_panel(const Backward& p, const Plan& plan, const Block& b) {
@@ -268,7 +268,8 @@ struct BackwardPass {
       recurrent_product(p, Panel<E>{hidden_panel<E>(p, plan, b), width}, b, dgates, place, tile);
     } else {
       Panel<T> weights = panel(p, plan, p.weight_hh, kPackedHidden, b);
-      if (place.turn != 0) weights.ahead = weights.data + place.turn * gates * p.hidden * unit_vectors * S::lanes;
+      if (place.turn != 0)
+        weights.ahead = weights.data + place.turn * packed_depth(gates * p.hidden) * unit_vectors * S::lanes;
       recurrent_product(p, weights, b, dgates, place, tile);
     }
   }

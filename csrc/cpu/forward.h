@@ -37,7 +37,7 @@ struct ForwardPass {
     constexpr auto size = static_cast<int64_t>(sizeof(T));
     const int64_t units = padded<S>(p.hidden);
     if (plan.packed) {
-      if (has_recurrent_product(p)) bytes[kPackedHidden] = size * p.hidden * gates_stride(p);
+      if (has_recurrent_product(p)) bytes[kPackedHidden] = size * packed_depth(p.hidden) * gates_stride(p);
       bytes[kPackedInput] = size * p.inputs * gates_stride(p);
       bytes[kGates0] = size * plan.chunk_rows * gates_stride(p);
       if (!kSame<T, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
@@ -178,7 +178,7 @@ struct ForwardPass {
 
   template <class P>
   static P* hidden_panel(const Forward& p, const Plan& plan, const Block& b) {
-    return region<P>(plan, kPackedHidden) + p.hidden * gates_offset(b);
+    return region<P>(plan, kPackedHidden) + packed_depth(p.hidden) * gates_offset(b);
   }
   static T* input_panel(const Forward& p, const Plan& plan, const Block& b) {
     return region<T>(plan, kPackedInput) + p.inputs * gates_offset(b);
@@ -242,7 +242,7 @@ struct ForwardPass {
                                 T* tile) {
     const int width = gates * b.vectors * S::lanes;
     const P* data = hidden_panel<P>(p, plan, b);
-    const Panel<P> panel{data, width, place.turn == 0 ? nullptr : data + place.turn * p.hidden * width};
+    const Panel<P> panel{data, width, place.turn == 0 ? nullptr : data + place.turn * packed_depth(p.hidden) * width};
     Products<S, P>::find(p.batch, gates * b.vectors, place.rows)(h, panel.for_tile(place.index, p.hidden), p.hidden,
                                                                  tile, width, false);
   }

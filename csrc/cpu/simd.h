@@ -79,6 +79,19 @@ struct Simd {
 #endif
     for (int i = 0; i < lanes; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
   }
+  // Two vectors lane by lane beside one another, (a₀ b₀) (a₁ b₁) …, which take an operation each to widen, not two.
+  static void load_pairs(const Bf16* p, Value& a, Value& b) {
+    typedef Int UnalignedMask __attribute__((vector_size(Bytes), aligned(2), may_alias));
+    const Mask pairs = *reinterpret_cast<const UnalignedMask*>(p);
+    a = reinterpret_cast<Value>(pairs << 16);
+    b = reinterpret_cast<Value>(pairs & ~0xFFFF);
+  }
+  // Of values that bfloat16 has exactly.
+  static void store_pairs(Bf16* p, Value a, Value b) {
+    typedef Int UnalignedMask __attribute__((vector_size(Bytes), aligned(2), may_alias));
+    *reinterpret_cast<UnalignedMask*>(p) =
+        ((reinterpret_cast<Mask>(a) >> 16) & 0xFFFF) | (reinterpret_cast<Mask>(b) & ~0xFFFF);
+  }
   static Value load_part(const Bf16* p, int n) {
     Mask wide{};
     for (int i = 0; i < n; ++i) wide[i] = p[i].bits << 16;

@@ -80,12 +80,34 @@ void product(Left<typename S::Scalar> a, Panel<P> panel, int64_t depth, typename
       ahead += Panel<P>::line;
     }
   };
-  int64_t k = 0;
-  for (; k + 1 < depth; k += 2) {
-    step(sum[0]);
-    step(sum[Chains - 1]);
+  if constexpr (sizeof(P) == sizeof(T)) {
+    int64_t k = 0;
+    for (; k + 1 < depth; k += 2) {
+      step(sum[0]);
+      step(sum[Chains - 1]);
+    }
+    if (k < depth) step(sum[0]);
+  } else {
+    const auto pair = [&](bool whole) {
+      V even[Vectors], odd[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) S::load_pairs(weights + 2 * v * S::lanes, even[v], odd[v]);
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        const V x = S::splat(row[m][at]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) sum[0][m][v] = S::fma(x, even[v], sum[0][m][v]);
+        if (!whole) continue;
+        const V next = S::splat(row[m][at + a.depth]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) sum[Chains - 1][m][v] = S::fma(next, odd[v], sum[Chains - 1][m][v]);
+      }
+      weights += 2 * panel.stride;
+      at += 2 * a.depth;
+    };
+    for (int64_t k = 0; k + 1 < depth; k += 2) pair(true);
+    if (depth % 2 != 0) pair(false);
   }
-  if (k < depth) step(sum[0]);
 #pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 4

@@ -58,38 +58,50 @@ void pack_by_unit(const E* weight, int64_t stride, int gates, int64_t hidden, in
         square[i] = i >= present ? V{} : left == S::lanes ? S::load(at) : S::load_part(at, left);
       }
       S::transpose(square);
-      P* to = panel + k * row + column;
+      if constexpr (sizeof(P) == sizeof(typename S::Scalar)) {
+        P* to = panel + k * row + column;
 #pragma GCC unroll 16
-      for (int i = 0; i < S::lanes; ++i) {
-        if (i < left) S::store(to + i * row, square[i]);
+        for (int i = 0; i < S::lanes; ++i) {
+          if (i < left) S::store(to + i * row, square[i]);
+        }
+      } else {
+        P* to = panel + k * row + 2 * column;
+        for (int i = 0; i < left; i += 2) S::store_pairs(to + i * row, square[i], square[i + 1]);
       }
     }
   }
 }
 
 // One k of a panel by column, from the row of a matrix; all zeros where there is none.
-template <class S, class P, class E>
-void pack_row(const E* from, const Block& block, P* to) {
+template <class S, class E>
+void pack_row(const E* from, const Block& block, typename S::Scalar* to) {
   const int width = block.vectors * S::lanes;
   const int present = from == nullptr ? 0 : block.present;
-  if constexpr (sizeof(P) == sizeof(typename S::Scalar)) {
-    int i = 0;
-    for (; i + S::lanes <= present; i += S::lanes) S::store(to + i, S::load(from + i));
-    if (i < present) {
-      S::store(to + i, S::load_part(from + i, present - i));
-      i += S::lanes;
-    }
-    for (; i < width; i += S::lanes) S::store(to + i, typename S::Value{});
-  } else {
-    for (int i = 0; i < width; ++i) to[i] = i < present ? convert<P>(from[i]) : P{};
+  int i = 0;
+  for (; i + S::lanes <= present; i += S::lanes) S::store(to + i, S::load(from + i));
+  if (i < present) {
+    S::store(to + i, S::load_part(from + i, present - i));
+    i += S::lanes;
   }
+  for (; i < width; i += S::lanes) S::store(to + i, typename S::Value{});
 }
 
 template <class S, class P, class E>
 void pack_by_column(const E* weight, int64_t stride, int64_t depth, const Block& block, P* panel) {
   const int width = block.vectors * S::lanes;
-  for (int64_t k = 0; k < depth; ++k) pack_row<S>(weight + k * stride + block.first, block, panel + k * width);
+  for (int64_t k = 0; k < depth; ++k) {
+    const E* from = weight + k * stride + block.first;
+    if constexpr (sizeof(P) == sizeof(typename S::Scalar)) {
+      pack_row<S>(from, block, panel + k * width);
+    } else {
+      P* to = panel + (k - k % 2) * width + k % 2;
+      for (int i = 0; i < width; ++i) to[2 * i] = i < block.present ? from[i] : P{};
+    }
+  }
 }
+
+// The depth that a panel has room for: pairs are whole.
+inline int64_t packed_depth(int64_t depth) { return depth + depth % 2; }
 
 }  // namespace
 }  // namespace pyrnnfast
