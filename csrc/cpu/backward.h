@@ -77,13 +77,13 @@ struct BackwardPass {
       const int64_t row_end = share_of(p.batch, share.rank + 1, share.size);
       for (int64_t row = share_of(p.batch, share.rank, share.size); row < row_end; ++row) {
         const E* first = Cell::has_cell ? row_or_null<E>(p.grad_c_n, row) : nullptr;
-        widen_row<S>(first, p.hidden, region<T>(plan, kCell) + row * units);
+        copy_row<S>(first, p.hidden, region<T>(plan, kCell) + row * units);
       }
     }
   }
 
   static void sweep(const Backward& p, const Plan& plan, const Chunk& chunk, const Chunk& before, const Share& share) {
-    const int tallest = Products<S, T>::rows(p.batch);
+    const int tallest = Products<S, T, T>::rows(p.batch);
     const int64_t count = chunk.last - chunk.first;
     const int64_t own_blocks = share.block_end - share.block_begin;
     for (int64_t i = 0; i < count; ++i) {
@@ -276,7 +276,7 @@ struct BackwardPass {
   template <class P>
   static void recurrent_product(const Backward& p, Panel<P> weights, const Block& b, const T* dgates,
                                 const Place& place, T* tile) {
-    const auto tile_product = Products<S, P>::find(p.batch, b.vectors, place.rows);
+    const auto tile_product = Products<S, T, P>::find(p.batch, b.vectors, place.rows);
     for (int i = 0; i < Cell::segments; ++i) {
       const Left<T> left{dgates + Cell::segment[i].begin * p.hidden, dgates_stride(p), 1};
       const int64_t depth = Cell::segment[i].length * p.hidden;
@@ -289,7 +289,7 @@ struct BackwardPass {
   // `dgates`: of the step before, row 0; null: there is none, and ∂L/∂h_n takes the place of the product.
   static void one_tile(const Backward& p, const Plan& plan, const Chunk& chunk, const Place& place, const Block& b,
                        const T* dgates) {
-    alignas(64) T tile[Products<S, T>::max_rows * kMaxVectors * S::lanes];
+    alignas(64) T tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
     const int width = b.vectors * S::lanes;
     for (int m = 0; m < place.rows; ++m) {
       for (int v = 0; v < b.vectors; ++v) prefetch_row(p, place.t, place.row + m, b.first + v * S::lanes);
@@ -382,8 +382,8 @@ struct BackwardPass {
 
   // ∂L/∂h0 of rows whose first step was the one that `dgates` (row 0) belong to.
   static void leave(const Backward& p, const Plan& plan, const Block& b, int64_t first, int64_t end, const T* dgates) {
-    alignas(64) T tile[Products<S, T>::max_rows * kMaxVectors * S::lanes];
-    const int width = b.vectors * S::lanes, tallest = Products<S, T>::rows(p.batch);
+    alignas(64) T tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
+    const int width = b.vectors * S::lanes, tallest = Products<S, T, T>::rows(p.batch);
     while (first < end) {
       const int rows = static_cast<int>(end - first < tallest ? end - first : tallest);
       recurrent_product(p, plan, b, dgates + first * dgates_stride(p), Place{0, first, rows, 0, 0}, tile);

@@ -32,6 +32,7 @@ std::atomic<const InstructionSet*>& in_use() {
 std::vector<const InstructionSet*> instruction_sets() {
   std::vector<const InstructionSet*> all;
 #if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16")) all.push_back(&kAvx512Bf16);
   if (__builtin_cpu_supports("avx512f")) all.push_back(&kAvx512);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(&kAvx2);
 #endif

@@ -19,6 +19,11 @@ struct ForwardPass {
   using V = typename S::Value;
   using Math = VectorMath<S>;
   static constexpr int gates = Cell::gates;
+  // Where the processor multiplies bfloat16 itself, h is rounded between steps, as y is, and x and weights stay narrow.
+  static constexpr bool narrow_products = !kSame<T, E> && S::has_pair_product;
+  using Operand = typename Either<narrow_products, E, T>::Type;
+  // A cell that adds to h itself then keeps it whole beside.
+  static constexpr bool keeps_h = narrow_products && Cell::forward_reads_h_prev;
   // A tile is at most four vectors wide: the gates of one vector of units, or four vectors of units.
   static constexpr int unit_vectors = gates == 1 ? kMaxVectors : 1;
 
@@ -31,20 +36,20 @@ struct ForwardPass {
 
   static bool has_recurrent_product(const Forward& p) { return p.steps > 1 || p.h0.data != nullptr; }
   // Small batches wait for the weights to arrive from memory: half as many bytes arrive in half the time.
-  static bool narrow(const Forward& p) { return !kSame<T, E> && p.batch < 8; }
+  static bool narrow(const Forward& p) { return narrow_products || (!kSame<T, E> && p.batch < 8); }
 
   static void layout(const Forward& p, const Plan& plan, int64_t* bytes) {
     constexpr auto size = static_cast<int64_t>(sizeof(T));
     const int64_t units = padded<S>(p.hidden);
     if (plan.packed) {
       if (has_recurrent_product(p)) bytes[kPackedHidden] = size * packed_depth(p.hidden) * gates_stride(p);
-      bytes[kPackedInput] = size * p.inputs * gates_stride(p);
+      bytes[kPackedInput] = size * packed_depth(p.inputs) * gates_stride(p);
       bytes[kGates0] = size * plan.chunk_rows * gates_stride(p);
-      if (!kSame<T, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
+      if (!kSame<Operand, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
     }
     bytes[kBias] = size * (gates_stride(p) + units);
     bytes[kState0] = bytes[kState1] = size * p.batch * units;
-    if (Cell::has_cell) bytes[kCell] = size * p.batch * units;
+    if (Cell::has_cell || keeps_h) bytes[kCell] = size * p.batch * units;
   }
 
   static void begin(const Forward& p, const Plan& plan, const Share& share) {
@@ -67,11 +72,14 @@ struct ForwardPass {
     const int64_t units = padded<S>(p.hidden);
     const int64_t row_end = share_of(p.batch, share.rank + 1, share.size);
     for (int64_t row = share_of(p.batch, share.rank, share.size); row < row_end; ++row) {
-      widen_row<S>(row_or_null<E>(p.h0, row), p.hidden, region<T>(plan, kState0) + row * units);
+      copy_row<S>(row_or_null<E>(p.h0, row), p.hidden, region<Operand>(plan, kState0) + row * units);
       // Sequences that start later than others find their first state there.
-      widen_row<S>(row_or_null<E>(p.h0, row), p.hidden, region<T>(plan, kState1) + row * units);
+      copy_row<S>(row_or_null<E>(p.h0, row), p.hidden, region<Operand>(plan, kState1) + row * units);
       if constexpr (Cell::has_cell) {
-        widen_row<S>(row_or_null<E>(p.c0, row), p.hidden, region<T>(plan, kCell) + row * units);
+        copy_row<S>(row_or_null<E>(p.c0, row), p.hidden, region<T>(plan, kCell) + row * units);
+      }
+      if constexpr (keeps_h) {
+        copy_row<S>(row_or_null<E>(p.h0, row), p.hidden, region<T>(plan, kCell) + row * units);
       }
     }
   }
@@ -103,7 +111,7 @@ struct ForwardPass {
   }
 
   static void sweep(const Forward& p, const Plan& plan, const Chunk& chunk, const Chunk&, const Share& share) {
-    const int tallest = Products<S, T>::rows(p.batch);
+    const int tallest = Products<S, T, T>::rows(p.batch);
     const int64_t count = chunk.last - chunk.first;
     const int64_t own_blocks = share.block_end - share.block_begin;
     for (int64_t i = 0; i < count; ++i) {
@@ -161,7 +169,7 @@ struct ForwardPass {
   struct Column {
     V bias[gates], bias_hn;
     const T* before;
-    T* after;
+    Operand* after;
     T* cell;
     int64_t state_stride;
     E* y;
@@ -180,8 +188,8 @@ struct ForwardPass {
   static P* hidden_panel(const Forward& p, const Plan& plan, const Block& b) {
     return region<P>(plan, kPackedHidden) + packed_depth(p.hidden) * gates_offset(b);
   }
-  static T* input_panel(const Forward& p, const Plan& plan, const Block& b) {
-    return region<T>(plan, kPackedInput) + p.inputs * gates_offset(b);
+  static Operand* input_panel(const Forward& p, const Plan& plan, const Block& b) {
+    return region<Operand>(plan, kPackedInput) + packed_depth(p.inputs) * gates_offset(b);
   }
 
   static void add_biases(const Forward& p, const Plan& plan, const Block& b) {
@@ -202,13 +210,13 @@ struct ForwardPass {
   }
 
   static void one_tile(const Forward& p, const Plan& plan, const Place& place, const Block& b) {
-    alignas(64) T tile[Products<S, T>::max_rows * kMaxVectors * S::lanes];
-    alignas(64) T input_tile[Products<S, T>::max_rows * kMaxVectors * S::lanes];
+    alignas(64) T tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
+    alignas(64) T input_tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
     const int width = gates * b.vectors * S::lanes;
     const int64_t flat = p.offsets[place.t] + place.row;
     const int64_t units = padded<S>(p.hidden);
-    const T* before = region<T>(plan, place.step % 2 == 0 ? kState0 : kState1) + place.row * units;
-    const Left<T> h{before, units, 1};
+    const Operand* before = region<Operand>(plan, place.step % 2 == 0 ? kState0 : kState1) + place.row * units;
+    const Left<Operand> h{before, units, 1};
 
     const T* input = input_tile;
     int64_t input_stride = width;
@@ -227,7 +235,7 @@ struct ForwardPass {
       dot_tile(p, p.weight_hh, h.data, units, p.hidden, place.rows, b, tile);
     } else if (narrow(p)) {
       recurrent_product<E>(p, plan, place, b, h, tile);
-    } else {
+    } else if constexpr (!narrow_products) {
       recurrent_product<T>(p, plan, place, b, h, tile);
     }
     for (int v = 0; v < b.vectors; ++v) {
@@ -238,45 +246,47 @@ struct ForwardPass {
   }
 
   template <class P>
-  static void recurrent_product(const Forward& p, const Plan& plan, const Place& place, const Block& b, Left<T> h,
+  static void recurrent_product(const Forward& p, const Plan& plan, const Place& place, const Block& b, Left<Operand> h,
                                 T* tile) {
     const int width = gates * b.vectors * S::lanes;
     const P* data = hidden_panel<P>(p, plan, b);
     const Panel<P> panel{data, width, place.turn == 0 ? nullptr : data + place.turn * packed_depth(p.hidden) * width};
-    Products<S, P>::find(p.batch, gates * b.vectors, place.rows)(h, panel.for_tile(place.index, p.hidden), p.hidden,
-                                                                 tile, width, false);
+    Products<S, Operand, P>::find(p.batch, gates * b.vectors, place.rows)(h, panel.for_tile(place.index, p.hidden),
+                                                                          p.hidden, tile, width, false);
   }
 
   static void input_products(const Forward& p, const Plan& plan, const Chunk& chunk, const Rows* parts, int count) {
     const int64_t base = p.offsets[chunk.first], whole = chunk_rows(p, chunk);
-    T* wide = region<T>(plan, kRows);
-    const int64_t wide_stride = padded<S>(p.inputs);
-    if constexpr (!kSame<T, E>) {
-      for (int i = 0; i < count; ++i) {
-        for (int64_t row = parts[i].first; row < parts[i].first + parts[i].count; ++row) {
-          widen_row<S>(at<const E>(p.x, base + row, 0), p.inputs, wide + row * wide_stride);
-        }
-      }
-    }
+    const Matrix rows = x_of(p, plan, base, parts, count);
     for (int64_t index = 0; index < blocks(p); ++index) {
       const Block b = block(p, index);
       const int width = gates * b.vectors * S::lanes;
       for (int64_t k = 0; k < p.inputs; k += kDepth) {
         const int64_t depth = p.inputs - k < kDepth ? p.inputs - k : kDepth;
         // The next panel lies behind this one.
-        const T* data = input_panel(p, plan, b) + k * width;
-        const Panel<T> panel{data, width, data + depth * width};
+        const Operand* data = input_panel(p, plan, b) + k * width;
+        const Panel<Operand> panel{data, width, data + depth * width};
         for (int i = 0; i < count; ++i) {
-          Left<T> x{nullptr, 0, 1};
-          if constexpr (kSame<T, E>) {
-            x = {at<const T>(p.x, base + parts[i].first, k), p.x.stride, 1};
-          } else {
-            x = {wide + parts[i].first * wide_stride + k, wide_stride, 1};
-          }
+          const Left<Operand> x{at<const Operand>(rows, parts[i].first, k), rows.stride, 1};
           T* out = region<T>(plan, kGates0) + parts[i].first * gates_stride(p) + gates_offset(b);
           multiply<S>(x, parts[i].count, whole, panel, width, depth, out, gates_stride(p), k > 0);
         }
       }
+    }
+  }
+
+  // Rows of x as the products want them: where they lie, or widened. Row 0 is the first of the chunk.
+  static Matrix x_of(const Forward& p, const Plan& plan, int64_t base, const Rows* parts, int count) {
+    if constexpr (kSame<Operand, E>) {
+      return {at<E>(p.x, base, 0), p.x.stride};
+    } else {
+      const Matrix wide{region<T>(plan, kRows), padded<S>(p.inputs)};
+      for (int i = 0; i < count; ++i) {
+        for (int64_t row = parts[i].first; row < parts[i].first + parts[i].count; ++row) {
+          copy_row<S>(at<const E>(p.x, base + row, 0), p.inputs, at<T>(wide, row, 0));
+        }
+      }
+      return wide;
     }
   }
 
@@ -306,8 +316,8 @@ struct ForwardPass {
     const T* bias = region<T>(plan, kBias) + gates_offset(b) + v * S::lanes;
     for (int g = 0; g < gates; ++g) c.bias[g] = S::load(bias + g * b.vectors * S::lanes);
     if constexpr (Cell::has_bias_hn) c.bias_hn = S::load(region<T>(plan, kBias) + gates_stride(p) + unit);
-    c.before = region<T>(plan, even ? kState0 : kState1) + state;
-    c.after = region<T>(plan, even ? kState1 : kState0) + state;
+    c.before = region<T>(plan, keeps_h ? kCell : even ? kState0 : kState1) + state;
+    c.after = region<Operand>(plan, even ? kState1 : kState0) + state;
     c.state_stride = units;
     c.y = at<E>(p.y, flat, unit);
     c.y_stride = p.y.stride;
@@ -317,8 +327,8 @@ struct ForwardPass {
     c.ending = place.going_on - place.row;
     c.h_n = at<E>(p.h_n, place.row, unit);
     c.h_n_stride = p.h_n.stride;
+    if constexpr (Cell::has_cell || keeps_h) c.cell = region<T>(plan, kCell) + state;
     if constexpr (Cell::has_cell) {
-      c.cell = region<T>(plan, kCell) + state;
       if (p.cells.data != nullptr) c.cells = at<T>(p.cells, flat, unit);
       c.cells_stride = p.cells.stride;
       c.c_n = at<E>(p.c_n, place.row, unit);
@@ -343,6 +353,7 @@ struct ForwardPass {
       if constexpr (Cell::has_cell) s.c_prev = S::load(c.cell + m * c.state_stride);
       Cell::template forward<Math>(s);
       S::store(c.after + m * c.state_stride, s.h);
+      if constexpr (keeps_h) S::store(c.cell + m * c.state_stride, s.h);
       lanes.store(c.y + m * c.y_stride, s.h);
       if (m >= c.ending) lanes.store(c.h_n + m * c.h_n_stride, s.h);
       if constexpr (Cell::has_cell) {

@@ -44,6 +44,20 @@ inline int64_t share_of(int64_t count, int rank, int size) { return count * rank
 // all rows pass by.
 inline constexpr int64_t kDepth = 512;
 
+template <class A, class B>
+inline constexpr bool kSame = false;
+template <class A>
+inline constexpr bool kSame<A, A> = true;
+
+template <bool First, class A, class B>
+struct Either {
+  using Type = A;
+};
+template <class A, class B>
+struct Either<false, A, B> {
+  using Type = B;
+};
+
 template <class S>
 int64_t padded(int64_t count) {
   return ceil_div(count, S::lanes) * S::lanes;
@@ -80,10 +94,16 @@ void with_lanes(int64_t present, const Fn& fn) {
   }
 }
 
-// A row from memory to what is computed with, zeros if there is none, and zeros after its end.
+// Copies a row from memory to what is computed with, zeros if there is none, and zeros after its end.
 template <class S, class E>
-void widen_row(const E* from, int64_t count, typename S::Scalar* to) {
+void copy_row(const E* from, int64_t count, typename S::Scalar* to) {
   pack_row<S>(from, Block{0, static_cast<int>(ceil_div(count, S::lanes)), static_cast<int>(count)}, to);
+}
+
+// The same, as narrow as it was.
+template <class S>
+void copy_row(const Bf16* from, int64_t count, Bf16* to) {
+  for (int64_t i = 0; i < padded<S>(count); ++i) to[i] = from != nullptr && i < count ? from[i] : Bf16{};
 }
 
 // And back, perhaps added to what is there.
@@ -96,11 +116,6 @@ void narrow_row(const typename S::Scalar* from, int64_t count, E* to, bool add) 
     });
   }
 }
-
-template <class A, class B>
-inline constexpr bool kSame = false;
-template <class A>
-inline constexpr bool kSame<A, A> = true;
 
 }  // namespace
 }  // namespace pyrnnfast

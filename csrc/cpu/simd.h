@@ -46,6 +46,19 @@ struct Simd {
   // Vector registers: AVX-512 has 32, the others 16.
   static constexpr int registers = Bytes == 64 ? 32 : 16;
 
+  // Whether pair_product is there: products of bfloat16 by the processor itself, at twice the speed of float32.
+#if defined(__AVX512BF16__)
+  static constexpr bool has_pair_product = Bytes == 64 && !is_double;
+  // sum + a[0] w₀ + a[1] w₁, in float32, for pairs of weights as load_pairs knows them; `count` = 1: without a[1].
+  static Value pair_product(const Bf16* a, int count, const Bf16* weights, Value sum) {
+    const uint32_t pair = a[0].bits | (count == 1 ? 0u : uint32_t{a[1].bits} << 16);
+    const __m512i x = _mm512_set1_epi32(static_cast<int>(pair)), w = _mm512_loadu_si512(weights);
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
+  }
+#else
+  static constexpr bool has_pair_product = false;
+#endif
+
   // Minus zero: plus would have to turn −0 into +0, and costs an instruction.
   static Value splat(T x) { return x - Value{}; }
   static Value load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }

@@ -39,13 +39,14 @@ struct Panel {
   }
 };
 
-template <class S, class P>
-using TileFn = void (*)(Left<typename S::Scalar> a, Panel<P> panel, int64_t depth, typename S::Scalar* out,
-                        int64_t out_stride, bool add);
+// A: the type of the left operand in memory. Only pair products (simd.h) take narrow ones, with a depth of 1 between
+// them.
+template <class S, class A, class P>
+using TileFn = void (*)(Left<A> a, Panel<P> panel, int64_t depth, typename S::Scalar* out, int64_t out_stride,
+                        bool add);
 
-template <class S, class P, int Vectors, int Rows, int Chains>
-void product(Left<typename S::Scalar> a, Panel<P> panel, int64_t depth, typename S::Scalar* out, int64_t out_stride,
-             bool add) {
+template <class S, class A, class P, int Vectors, int Rows, int Chains>
+void product(Left<A> a, Panel<P> panel, int64_t depth, typename S::Scalar* out, int64_t out_stride, bool add) {
   using T = typename S::Scalar;
   using V = typename S::Value;
   V sum[Chains][Rows][Vectors];
@@ -57,38 +58,42 @@ void product(Left<typename S::Scalar> a, Panel<P> panel, int64_t depth, typename
       if constexpr (Chains == 2) sum[1][m][v] = V{};
     }
   }
-  const T* row[Rows];
+  const A* row[Rows];
 #pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m) row[m] = a.data + m * a.row;
   const P* weights = panel.data;
   const P* ahead = panel.ahead == nullptr ? panel.data : panel.ahead;
   int64_t at = 0;
-  const auto step = [&](auto& chain) {
-    V weight[Vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) weight[v] = S::load(weights + v * S::lanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < Rows; ++m) {
-      const V x = S::splat(row[m][at]);
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) chain[m][v] = S::fma(x, weight[v], chain[m][v]);
-    }
-    weights += panel.stride;
-    at += a.depth;
+  // Goes on by `count` values of k.
+  const auto advance = [&](int count) {
+    weights += count * panel.stride;
+    at += count * a.depth;
     if constexpr (Chains == 1) {
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += Panel<P>::line;
+      for (int i = 0; i < count; ++i, ahead += Panel<P>::line) __builtin_prefetch(ahead, 0, 2);
     }
   };
+  int64_t k = 0;
   if constexpr (sizeof(P) == sizeof(T)) {
-    int64_t k = 0;
+    const auto one = [&](auto& chain) {
+      V weight[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) weight[v] = S::load(weights + v * S::lanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        const V x = S::splat(row[m][at]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) chain[m][v] = S::fma(x, weight[v], chain[m][v]);
+      }
+      advance(1);
+    };
     for (; k + 1 < depth; k += 2) {
-      step(sum[0]);
-      step(sum[Chains - 1]);
+      one(sum[0]);
+      one(sum[Chains - 1]);
     }
-    if (k < depth) step(sum[0]);
-  } else {
-    const auto pair = [&](bool whole) {
+    if (k < depth) one(sum[0]);
+  } else if constexpr (sizeof(A) == sizeof(T)) {
+    // An even k and the next one, or the even one alone.
+    const auto two = [&](int count) {
       V even[Vectors], odd[Vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) S::load_pairs(weights + 2 * v * S::lanes, even[v], odd[v]);
@@ -97,16 +102,32 @@ void product(Left<typename S::Scalar> a, Panel<P> panel, int64_t depth, typename
         const V x = S::splat(row[m][at]);
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) sum[0][m][v] = S::fma(x, even[v], sum[0][m][v]);
-        if (!whole) continue;
+        if (count == 1) continue;
         const V next = S::splat(row[m][at + a.depth]);
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) sum[Chains - 1][m][v] = S::fma(next, odd[v], sum[Chains - 1][m][v]);
       }
-      weights += 2 * panel.stride;
-      at += 2 * a.depth;
+      advance(2);
     };
-    for (int64_t k = 0; k + 1 < depth; k += 2) pair(true);
-    if (depth % 2 != 0) pair(false);
+    for (; k + 1 < depth; k += 2) two(2);
+    if (k < depth) two(1);
+  } else {
+    const auto pair = [&](auto& chain, int count) {
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
+          chain[m][v] = S::pair_product(row[m] + at, count, weights + 2 * v * S::lanes, chain[m][v]);
+        }
+      }
+      advance(2);
+    };
+    for (; k + 3 < depth; k += 4) {
+      pair(sum[0], 2);
+      pair(sum[Chains - 1], 2);
+    }
+    for (; k + 1 < depth; k += 2) pair(sum[0], 2);
+    if (k < depth) pair(sum[0], 1);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m) {
@@ -121,24 +142,24 @@ void product(Left<typename S::Scalar> a, Panel<P> panel, int64_t depth, typename
 
 // Which products exist: up to six rows where there are 32 registers, three where there are 16. A batch that fits half a
 // tile would leave the multipliers waiting for one another's results, so it gets two chains instead.
-template <class S, class P>
+template <class S, class A, class P>
 struct Products {
   static constexpr int max_rows = S::registers == 32 ? 6 : 3;
   static constexpr int small_batch = max_rows / 2;
 
   static int rows(int64_t batch) { return batch <= small_batch ? small_batch : max_rows; }
 
-  static TileFn<S, P> find(int64_t batch, int vectors, int rows) {
+  static TileFn<S, A, P> find(int64_t batch, int vectors, int rows) {
     return batch <= small_batch ? small[vectors - 1][rows - 1] : large[vectors - 1][rows - 1];
   }
 
  private:
   template <int Vectors, int Chains, int... Row>
   struct Table {
-    static constexpr TileFn<S, P> row[sizeof...(Row)] = {product<S, P, Vectors, Row, Chains>...};
+    static constexpr TileFn<S, A, P> row[sizeof...(Row)] = {product<S, A, P, Vectors, Row, Chains>...};
   };
   template <int Vectors>
-  static constexpr const TileFn<S, P>* large_row() {
+  static constexpr const TileFn<S, A, P>* large_row() {
     if constexpr (max_rows == 6) {
       return Table<Vectors, 1, 1, 2, 3, 4, 5, 6>::row;
     } else {
@@ -146,34 +167,34 @@ struct Products {
     }
   }
   template <int Vectors>
-  static constexpr const TileFn<S, P>* small_row() {
+  static constexpr const TileFn<S, A, P>* small_row() {
     if constexpr (small_batch == 3) {
       return Table<Vectors, 2, 1, 2, 3>::row;
     } else {
       return Table<Vectors, 2, 1>::row;
     }
   }
-  static constexpr const TileFn<S, P>* large[kMaxVectors] = {large_row<1>(), large_row<2>(), large_row<3>(),
-                                                             large_row<4>()};
-  static constexpr const TileFn<S, P>* small[kMaxVectors] = {small_row<1>(), small_row<2>(), small_row<3>(),
-                                                             small_row<4>()};
+  static constexpr const TileFn<S, A, P>* large[kMaxVectors] = {large_row<1>(), large_row<2>(), large_row<3>(),
+                                                                large_row<4>()};
+  static constexpr const TileFn<S, A, P>* small[kMaxVectors] = {small_row<1>(), small_row<2>(), small_row<3>(),
+                                                                small_row<4>()};
 };
 
 // Any number of rows times one panel of `columns` ≤ vectors · lanes columns; the panel has all of them, `out` only
 // those. `whole` is how many rows all threads have together: it decides the family, so that no bits depend on the
 // share.
-template <class S, class P>
-void multiply(Left<typename S::Scalar> a, int64_t rows, int64_t whole, Panel<P> panel, int columns, int64_t depth,
+template <class S, class A, class P>
+void multiply(Left<A> a, int64_t rows, int64_t whole, Panel<P> panel, int columns, int64_t depth,
               typename S::Scalar* out, int64_t out_stride, bool add) {
   using T = typename S::Scalar;
   const int vectors = static_cast<int>(ceil_div(columns, S::lanes));
   const int width = vectors * S::lanes;
-  const int tallest = Products<S, P>::rows(whole);
+  const int tallest = Products<S, A, P>::rows(whole);
   for (int64_t first = 0, index = 0; first < rows; ++index) {
     const int64_t left = rows - first;
     const int height = static_cast<int>(ceil_div(left, ceil_div(left, tallest)));
-    const auto tile_product = Products<S, P>::find(whole, vectors, height);
-    const Left<T> part{a.data + first * a.row, a.row, a.depth};
+    const auto tile_product = Products<S, A, P>::find(whole, vectors, height);
+    const Left<A> part{a.data + first * a.row, a.row, a.depth};
     T* to = out + first * out_stride;
     if (add) {
       for (int64_t m = height; m < 2 * height && m < left; ++m) {
@@ -185,7 +206,7 @@ void multiply(Left<typename S::Scalar> a, int64_t rows, int64_t whole, Panel<P> 
     if (columns == width) {
       tile_product(part, own, depth, to, out_stride, add);
     } else {
-      alignas(64) T tile[Products<S, P>::max_rows * kMaxVectors * S::lanes];
+      alignas(64) T tile[Products<S, A, P>::max_rows * kMaxVectors * S::lanes];
       tile_product(part, own, depth, tile, width, false);
       for (int m = 0; m < height; ++m) {
         for (int i = 0; i < columns; ++i) {
