@@ -2,8 +2,9 @@
 
 The kernels read and write bfloat16 and compute in float32. So forward each result is the exact one rounded once (given
 the rounded h of the step before, on processors that multiply bfloat16 themselves), and backward, given what forward has
-kept (which is bfloat16 too, but for the LSTM's cells), so is each gradient. Both are held to that bound here, against the cells' equations in float64. Through modules, whose layers read one another's
-rounded results, the measure is torch's own error.
+kept (which is bfloat16 too, but for the LSTM's cells), so is each gradient. Both are held to that bound here, against
+the cells' equations in float64. Through modules, whose layers read one another's rounded results, the measure is torch's
+own error.
 """
 
 import math
@@ -29,8 +30,10 @@ NOISE = 2.0**-17
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the kernels leave products to the processor's own bfloat16: h is rounded for them, and what is smaller than
-    the normal numbers counts as zero."""
+    """Whether the kernels leave products to the processor's own bfloat16.
+
+    h is rounded for them, and what is smaller than the normal numbers counts as zero.
+    """
     return _cpu.instruction_set() == "avx512bf16"
 
 
@@ -379,7 +382,7 @@ def test_as_accurate_as_torch(case: Case, instruction_set: str) -> None:
     theirs = errors_of_torch(case)
     for name, error in errors(run(case, pyrnnfast), truth(case)).items():
         if multiplies_bfloat16() and case.cell == "rnn_relu" and name.startswith("grad"):
-            # A rectifier's derivative jumps: it is a matter of luck whose h is rounded across zero. See the average below.
+            # A rectifier's derivative jumps: whose h is rounded across zero is a matter of luck. On average, see below.
             continue
         assert error <= 2 * theirs[name] + UNIT, f"{name}: error {error:.2e}, torch's {theirs[name]:.2e}"
 

@@ -1,5 +1,4 @@
-// Back through time, a chunk of steps at a time, and each chunk's products while its dgates are in the cache: they are
-// never written to memory as a whole.
+// Back through time, a chunk of steps at a time; each is followed by its products (gradients.h).
 //
 // A step: dgates of the step that came before (the later one, in a layer that runs forward) times W_hh, a tile at a
 // time, and the cell's derivatives while the tile is in the first cache. Rows whose sequence starts here take ∂L/∂h_n
@@ -8,7 +7,7 @@
 
 #include "../activations.h"
 #include "../cells.h"
-#include "rows.h"
+#include "gradients.h"
 
 namespace pyrnnfast {
 namespace {
@@ -19,16 +18,13 @@ struct BackwardPass {
   using T = typename S::Scalar;
   using V = typename S::Value;
   using Math = VectorMath<S>;
+  using G = Gradients<Cell, S, E>;
   static constexpr int gates = Cell::gates;
   static constexpr int unit_vectors = kMaxVectors;
 
   static int64_t blocks(const Backward& p) { return ceil_div(p.hidden, unit_vectors * S::lanes); }
   static Block block(const Backward& p, int64_t index) { return block_at<S>(p.hidden, unit_vectors, index); }
 
-  // A cache line more than a row needs: rows a power of two apart would fall upon one another in the caches.
-  static int64_t dgates_stride(const Backward& p) {
-    return padded<S>(Cell::dgates * p.hidden) + 64 / static_cast<int64_t>(sizeof(T));
-  }
   static bool needs_hidden(const Backward& p) { return p.steps > 1 || p.dh0.data != nullptr; }
   static bool narrow(const Backward& p) { return !kSame<T, E> && p.batch < 8; }
 
@@ -46,7 +42,7 @@ struct BackwardPass {
     }
     bytes[kBias] = size * Cell::dgates * p.hidden;
     if (Cell::has_carry) bytes[kCell] = size * p.batch * padded<S>(p.hidden);
-    bytes[kGates0] = bytes[kGates1] = size * plan.chunk_rows * dgates_stride(p);
+    bytes[kGates0] = bytes[kGates1] = size * plan.chunk_rows * G::dgates_stride(p);
     bytes[kPanels] = size * plan.threads * kDepth * kMaxVectors * S::lanes;
     if (!kSame<T, E>) {
       if (p.dweight_ih.data != nullptr) bytes[kSumsInput] = size * gates * p.hidden * p.inputs;
@@ -59,16 +55,17 @@ struct BackwardPass {
       for (int64_t index = share.rank; index < blocks(p); index += share.size) {
         const Block b = block(p, index);
         if (narrow(p)) {
-          pack<E>(p, p.weight_hh, b, hidden_panel<E>(p, plan, b));
-        } else if (!lies_ready(plan, b)) {
-          pack<T>(p, p.weight_hh, b, packed_panel<T>(p, plan, kPackedHidden, b));
+          G::template pack<E>(p, p.weight_hh, b, hidden_panel<E>(p, plan, b));
+        } else if (!G::lies_ready(plan, b)) {
+          G::template pack<T>(p, p.weight_hh, b, G::template packed_panel<T>(p, plan, kPackedHidden, b));
         }
       }
     }
     if (p.dx.data != nullptr) {
-      for (int64_t index = share.rank; index < input_blocks(p); index += share.size) {
-        const Block b = input_block(p, index);
-        if (!lies_ready(plan, b)) pack<T>(p, p.weight_ih, b, packed_panel<T>(p, plan, kPackedInput, b));
+      for (int64_t index = share.rank; index < G::input_blocks(p); index += share.size) {
+        const Block b = G::input_block(p, index);
+        if (!G::lies_ready(plan, b))
+          G::template pack<T>(p, p.weight_ih, b, G::template packed_panel<T>(p, plan, kPackedInput, b));
       }
     }
     if constexpr (Cell::has_carry) {
@@ -94,7 +91,7 @@ struct BackwardPass {
       const int64_t continuing = active_before < end ? active_before : end;
       const int64_t leaving = active_before < share.row_end ? active_before : share.row_end;
       // The dgates of the step before, of row 0.
-      const T* dgates = active_before == 0 ? nullptr : dgates_at(p, plan, i == 0 ? before : chunk, t_before);
+      const T* dgates = active_before == 0 ? nullptr : G::dgates_at(p, plan, i == 0 ? before : chunk, t_before);
       for (int64_t j = 0; j < own_blocks; ++j) {
         // To and fro, so that each step begins with the weights that the last one has left in the cache.
         const bool ascending = t % 2 == 0;
@@ -116,32 +113,8 @@ struct BackwardPass {
     }
   }
 
-  // dx of the chunk's rows, and what they add to dW_ih, dW_hh and the biases' gradients.
   static void products(const Backward& p, const Plan& plan, const Chunk& chunk, const Share& share) {
-    const int rank = share.rank, size = share.size;
-    const int64_t rows = chunk_rows(p, chunk);
-    const T* dgates = dgates_at(p, plan, chunk, chunk.first);
-    if (p.dx.data != nullptr) {
-      input_gradient(p, plan, chunk, dgates, share_of(rows, rank, size), share_of(rows, rank + 1, size));
-    }
-    const bool again = chunk.index > 0;
-    if (p.dweight_ih.data != nullptr) {
-      const auto source = [&](const Cursor& at_row) { return at<const E>(p.x, at_row.flat, 0); };
-      weight_gradient(p, plan, chunk, dgates, source, p.inputs, false,
-                      Sums{sums(p.dweight_ih, plan, kSumsInput), sums_stride(p.dweight_ih, p.inputs), again}, rank,
-                      size);
-    }
-    if (p.dweight_hh.data != nullptr) {
-      const auto source = [&](const Cursor& at_row) { return previous_h(p, at_row.t, at_row.row); };
-      weight_gradient(p, plan, chunk, dgates, source, p.hidden, true,
-                      Sums{sums(p.dweight_hh, plan, kSumsHidden), sums_stride(p.dweight_hh, p.hidden), again}, rank,
-                      size);
-    }
-    if (p.dbias_ih.data != nullptr || p.dbias_hh.data != nullptr) {
-      const int64_t columns = Cell::dgates * p.hidden;
-      add_up(dgates, dgates_stride(p), rows, share_of(columns, rank, size), share_of(columns, rank + 1, size), again,
-             region<T>(plan, kBias));
-    }
+    G::products(p, plan, chunk, share);
   }
 
   static void end(const Backward& p, const Plan& plan, const Chunk& last, const Share& share) {
@@ -151,7 +124,7 @@ struct BackwardPass {
     const int64_t row_begin = share_of(p.batch, rank, size), row_end = share_of(p.batch, rank + 1, size);
     if (p.dh0.data != nullptr) {
       const int64_t active = active_rows(p, t), leaving = row_end < active ? row_end : active;
-      const T* dgates = dgates_at(p, plan, last, t);
+      const T* dgates = G::dgates_at(p, plan, last, t);
       for (int64_t index = 0; index < blocks(p) && row_begin < leaving; ++index) {
         leave(p, plan, block(p, index), row_begin, leaving, dgates);
       }
@@ -173,11 +146,11 @@ struct BackwardPass {
     }
     const int64_t columns = Cell::dgates * p.hidden;
     const int64_t first = share_of(columns, rank, size), end = share_of(columns, rank + 1, size);
-    if (p.dbias_ih.data != nullptr) copy_bias(p, plan, first, end, 0, gates * p.hidden, p.dbias_ih, 0);
+    if (p.dbias_ih.data != nullptr) G::copy_bias(p, plan, first, end, 0, gates * p.hidden, p.dbias_ih, 0);
     if (p.dbias_hh.data != nullptr) {
       int64_t to = 0;
       for (const Segment& s : Cell::segment) {
-        copy_bias(p, plan, first, end, s.begin * p.hidden, (s.begin + s.length) * p.hidden, p.dbias_hh, to);
+        G::copy_bias(p, plan, first, end, s.begin * p.hidden, (s.begin + s.length) * p.hidden, p.dbias_hh, to);
         to += s.length * p.hidden;
       }
     }
@@ -212,54 +185,10 @@ struct BackwardPass {
     T* dgates;
     int64_t dgates_stride;
   };
-  // A row of the data: row `row` of step t.
-  struct Cursor {
-    int64_t flat, t, row;
-  };
-  // A sum in the making: the first time it is written, then added to.
-  struct Sums {
-    T* data;
-    int64_t stride;
-    bool again;
-  };
-
-  static int64_t input_blocks(const Backward& p) { return ceil_div(p.inputs, kMaxVectors * S::lanes); }
-  static Block input_block(const Backward& p, int64_t index) { return block_at<S>(p.inputs, kMaxVectors, index); }
-
-  // Whether a block of columns is read where it lies.
-  static bool lies_ready(const Plan& plan, const Block& b) {
-    return kSame<T, E> && !plan.packed && b.present == b.vectors * S::lanes;
-  }
-  template <class P>
-  static P* packed_panel(const Backward& p, const Plan& plan, Region r, const Block& b) {
-    return region<P>(plan, r) + (plan.packed ? packed_depth(gates * p.hidden) * b.first : 0);
-  }
   template <class P>
   static P* hidden_panel(const Backward& p, const Plan& plan, const Block& b) {
-    return packed_panel<P>(p, plan, kPackedHidden, b);
+    return G::template packed_panel<P>(p, plan, kPackedHidden, b);
   }
-  static Panel<T> panel(const Backward& p, const Plan& plan, const Matrix& weight, Region r, const Block& b) {
-    if constexpr (kSame<T, E>) {
-      if (lies_ready(plan, b)) return {at<const T>(weight, 0, b.first), weight.stride};
-    }
-    return {packed_panel<T>(p, plan, r, b), b.vectors * S::lanes};
-  }
-  template <class P>
-  static void pack(const Backward& p, const Matrix& weight, const Block& b, P* to) {
-    pack_by_column<S>(static_cast<const E*>(weight.data), weight.stride, gates * p.hidden, b, to);
-  }
-
-  static T* dgates_at(const Backward& p, const Plan& plan, const Chunk& chunk, int64_t t) {
-    T* rows = region<T>(plan, chunk.index % 2 == 0 ? kGates0 : kGates1);
-    return rows + (p.offsets[t] - p.offsets[chunk.first]) * dgates_stride(p);
-  }
-
-  // h of the step before in time's order of the layer, null for zeros.
-  static const E* previous_h(const Backward& p, int64_t t, int64_t row) {
-    const int64_t t_prev = p.reverse ? t + 1 : t - 1;
-    return row < active_rows(p, t_prev) ? at<const E>(p.y, p.offsets[t_prev] + row, 0) : row_or_null<E>(p.h0, row);
-  }
-
   // tile = dgates W_hh for a block of units.
   static void recurrent_product(const Backward& p, const Plan& plan, const Block& b, const T* dgates,
                                 const Place& place, T* tile) {
@@ -267,7 +196,7 @@ struct BackwardPass {
       const int width = b.vectors * S::lanes;
       recurrent_product(p, Panel<E>{hidden_panel<E>(p, plan, b), width}, b, dgates, place, tile);
     } else {
-      Panel<T> weights = panel(p, plan, p.weight_hh, kPackedHidden, b);
+      Panel<T> weights = G::panel(p, plan, p.weight_hh, kPackedHidden, b);
       if (place.turn != 0)
         weights.ahead = weights.data + place.turn * packed_depth(gates * p.hidden) * unit_vectors * S::lanes;
       recurrent_product(p, weights, b, dgates, place, tile);
@@ -278,7 +207,7 @@ struct BackwardPass {
                                 const Place& place, T* tile) {
     const auto tile_product = Products<S, T, P>::find(p.batch, b.vectors, place.rows);
     for (int i = 0; i < Cell::segments; ++i) {
-      const Left<T> left{dgates + Cell::segment[i].begin * p.hidden, dgates_stride(p), 1};
+      const Left<T> left{dgates + Cell::segment[i].begin * p.hidden, G::dgates_stride(p), 1};
       const int64_t depth = Cell::segment[i].length * p.hidden;
       tile_product(left, weights.for_tile(place.index, depth), depth, tile, b.vectors * S::lanes, i > 0);
       weights.data += depth * weights.stride;
@@ -295,14 +224,14 @@ struct BackwardPass {
       for (int v = 0; v < b.vectors; ++v) prefetch_row(p, place.t, place.row + m, b.first + v * S::lanes);
     }
     if (dgates != nullptr) {
-      recurrent_product(p, plan, b, dgates + place.row * dgates_stride(p), place, tile);
+      recurrent_product(p, plan, b, dgates + place.row * G::dgates_stride(p), place, tile);
     } else {
       for (int m = 0; m < place.rows; ++m) {
         const E* from = p.grad_h_n.data == nullptr ? nullptr : at<const E>(p.grad_h_n, place.row + m, b.first);
         pack_row<S>(from, b, tile + m * width);
       }
     }
-    T* out = dgates_at(p, plan, chunk, place.t) + place.row * dgates_stride(p);
+    T* out = G::dgates_at(p, plan, chunk, place.t) + place.row * G::dgates_stride(p);
     for (int v = 0; v < b.vectors; ++v) {
       const int64_t unit = b.first + v * S::lanes;
       const Column column = column_of(p, plan, place, unit, out + unit);
@@ -348,7 +277,7 @@ struct BackwardPass {
     if constexpr (Cell::has_carry) c.carry = region<T>(plan, kCell) + place.row * units + unit;
     c.carry_stride = units;
     c.dgates = dgates;
-    c.dgates_stride = dgates_stride(p);
+    c.dgates_stride = G::dgates_stride(p);
     return c;
   }
 
@@ -386,7 +315,7 @@ struct BackwardPass {
     const int width = b.vectors * S::lanes, tallest = Products<S, T, T>::rows(p.batch);
     while (first < end) {
       const int rows = static_cast<int>(end - first < tallest ? end - first : tallest);
-      recurrent_product(p, plan, b, dgates + first * dgates_stride(p), Place{0, first, rows, 0, 0}, tile);
+      recurrent_product(p, plan, b, dgates + first * G::dgates_stride(p), Place{0, first, rows, 0, 0}, tile);
       for (int m = 0; m < rows; ++m, ++first) {
         if constexpr (Cell::has_carry && !Cell::has_cell) {
           const T* carry = region<T>(plan, kCell) + first * padded<S>(p.hidden) + b.first;
@@ -396,112 +325,6 @@ struct BackwardPass {
         }
         narrow_row<S>(tile + m * width, b.present, at<E>(p.dh0, first, b.first), false);
       }
-    }
-  }
-
-  // dx = dgates W_ih for rows begin … end − 1 of the chunk.
-  static void input_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const T* dgates, int64_t begin,
-                             int64_t end) {
-    if (begin == end) return;
-    const int64_t flat = p.offsets[chunk.first] + begin;
-    Sums out{nullptr, 0, p.add_to_dx};
-    if constexpr (kSame<T, E>) {
-      out.data = at<T>(p.dx, flat, 0);
-      out.stride = p.dx.stride;
-    } else {
-      out.stride = padded<S>(p.inputs);
-      out.data = region<T>(plan, kRows) + begin * out.stride;
-      out.again = false;
-    }
-    const T* left = dgates + begin * dgates_stride(p);
-    for (int64_t index = 0; index < input_blocks(p); ++index) {
-      const Block b = input_block(p, index);
-      const Panel<T> weights = panel(p, plan, p.weight_ih, kPackedInput, b);
-      for (int64_t k = 0; k < gates * p.hidden; k += kDepth) {
-        const int64_t depth = gates * p.hidden - k < kDepth ? gates * p.hidden - k : kDepth;
-        multiply<S>(Left<T>{left + k, dgates_stride(p), 1}, end - begin, chunk_rows(p, chunk),
-                    // The next panel lies behind this one, where they are packed.
-                    Panel<T>{weights.data + k * weights.stride, weights.stride,
-                             plan.packed ? weights.data + (k + depth) * weights.stride : nullptr},
-                    b.present, depth, out.data + b.first, out.stride, out.again || k > 0);
-      }
-    }
-    if constexpr (!kSame<T, E>) {
-      for (int64_t i = 0; i < end - begin; ++i) {
-        narrow_row<S>(out.data + i * out.stride, p.inputs, at<E>(p.dx, flat + i, 0), p.add_to_dx);
-      }
-    }
-  }
-
-  static T* sums(const Matrix& gradient, const Plan& plan, Region r) {
-    return kSame<T, E> ? static_cast<T*>(gradient.data) : region<T>(plan, r);
-  }
-  static int64_t sums_stride(const Matrix& gradient, int64_t columns) {
-    return kSame<T, E> ? gradient.stride : columns;
-  }
-
-  // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, or null for zeros. Each thread has a share
-  // of the rows of dW, and packs all rows of the source for itself.
-  template <class Source>
-  static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const T* dgates,
-                              const Source& source, int64_t columns, bool recurrent, const Sums& out, int rank,
-                              int size) {
-    const int64_t begin = share_of(gates * p.hidden, rank, size), end = share_of(gates * p.hidden, rank + 1, size);
-    T* packed = region<T>(plan, kPanels) + rank * kDepth * kMaxVectors * S::lanes;
-    const int64_t rows = chunk_rows(p, chunk);
-    Cursor start{p.offsets[chunk.first], chunk.first, 0};
-    for (int64_t k = 0; k < rows; k += kDepth) {
-      const int64_t depth = rows - k < kDepth ? rows - k : kDepth;
-      Cursor after = start;
-      for (int64_t index = 0; index < ceil_div(columns, kMaxVectors * S::lanes); ++index) {
-        const Block b = block_at<S>(columns, kMaxVectors, index);
-        const int width = b.vectors * S::lanes;
-        after = start;
-        for (int64_t i = 0; i < depth; ++i) {
-          const E* from = source(after);
-          pack_row<S>(from == nullptr ? nullptr : from + b.first, b, packed + i * width);
-          ++after.flat;
-          if (++after.row == active_rows(p, after.t)) {
-            ++after.t;
-            after.row = 0;
-          }
-        }
-        // The rows of dW, with the columns of dgates that are theirs.
-        int64_t row = 0;
-        for (int i = 0; i < (recurrent ? Cell::segments : 1); ++i) {
-          const int64_t column = recurrent ? Cell::segment[i].begin * p.hidden : 0;
-          const int64_t length = (recurrent ? Cell::segment[i].length : gates) * p.hidden;
-          const int64_t first = begin > row ? begin : row, last = end < row + length ? end : row + length;
-          if (first < last) {
-            multiply<S>(Left<T>{dgates + k * dgates_stride(p) + column + first - row, 1, dgates_stride(p)},
-                        last - first, gates * p.hidden, Panel<T>{packed, width}, b.present, depth,
-                        out.data + first * out.stride + b.first, out.stride, out.again || k > 0);
-          }
-          row += length;
-        }
-      }
-      start = after;
-    }
-  }
-
-  // sums[column] (+)= Σ over rows, for columns begin … end − 1.
-  static void add_up(const T* rows, int64_t stride, int64_t count, int64_t begin, int64_t end, bool again, T* sums) {
-    for (int64_t column = begin; column < end; column += S::lanes) {
-      with_lanes<S>(end - column, [&](const auto& lanes) {
-        V total = again ? lanes.load(sums + column) : V{};
-        for (int64_t i = 0; i < count; ++i) total = total + lanes.load(rows + i * stride + column);
-        lanes.store(sums + column, total);
-      });
-    }
-  }
-
-  // The sums of the columns [begin, end) as far as they lie in [low, high), to `out` from column `to` on.
-  static void copy_bias(const Backward&, const Plan& plan, int64_t begin, int64_t end, int64_t low, int64_t high,
-                        const Matrix& out, int64_t to) {
-    if (begin < low) begin = low;
-    if (end > high) end = high;
-    if (begin < end) {
-      narrow_row<S>(region<T>(plan, kBias) + begin, end - begin, at<E>(out, 0, to + begin - low), false);
     }
   }
 };

@@ -1,0 +1,203 @@
+// What a chunk of dgates gives once it is there: dx of its rows, and its part of dW_ih, dW_hh and the biases'
+// gradients, while it is in the cache. dgates are never written to memory as a whole.
+#pragma once
+
+#include "../cells.h"
+#include "rows.h"
+
+namespace pyrnnfast {
+namespace {
+
+// E: the type of the operands in memory.
+template <class Cell, class S, class E>
+struct Gradients {
+  using T = typename S::Scalar;
+  using V = typename S::Value;
+  static constexpr int gates = Cell::gates;
+
+  // A cache line more than a row needs: rows a power of two apart would fall upon one another in the caches.
+  static int64_t dgates_stride(const Backward& p) {
+    return padded<S>(Cell::dgates * p.hidden) + 64 / static_cast<int64_t>(sizeof(T));
+  }
+
+  static int64_t input_blocks(const Backward& p) { return ceil_div(p.inputs, kMaxVectors * S::lanes); }
+  static Block input_block(const Backward& p, int64_t index) { return block_at<S>(p.inputs, kMaxVectors, index); }
+
+  // Whether a block of columns is read where it lies.
+  static bool lies_ready(const Plan& plan, const Block& b) {
+    return kSame<T, E> && !plan.packed && b.present == b.vectors * S::lanes;
+  }
+  template <class P>
+  static P* packed_panel(const Backward& p, const Plan& plan, Region r, const Block& b) {
+    return region<P>(plan, r) + (plan.packed ? packed_depth(gates * p.hidden) * b.first : 0);
+  }
+  static Panel<T> panel(const Backward& p, const Plan& plan, const Matrix& weight, Region r, const Block& b) {
+    if constexpr (kSame<T, E>) {
+      if (lies_ready(plan, b)) return {at<const T>(weight, 0, b.first), weight.stride};
+    }
+    return {packed_panel<T>(p, plan, r, b), b.vectors * S::lanes};
+  }
+  template <class P>
+  static void pack(const Backward& p, const Matrix& weight, const Block& b, P* to) {
+    pack_by_column<S>(static_cast<const E*>(weight.data), weight.stride, gates * p.hidden, b, to);
+  }
+
+  static T* dgates_at(const Backward& p, const Plan& plan, const Chunk& chunk, int64_t t) {
+    T* rows = region<T>(plan, chunk.index % 2 == 0 ? kGates0 : kGates1);
+    return rows + (p.offsets[t] - p.offsets[chunk.first]) * dgates_stride(p);
+  }
+
+  // h of the step before in time's order of the layer, null for zeros.
+  static const E* previous_h(const Backward& p, int64_t t, int64_t row) {
+    const int64_t t_prev = p.reverse ? t + 1 : t - 1;
+    return row < active_rows(p, t_prev) ? at<const E>(p.y, p.offsets[t_prev] + row, 0) : row_or_null<E>(p.h0, row);
+  }
+
+  static void products(const Backward& p, const Plan& plan, const Chunk& chunk, const Share& share) {
+    const int rank = share.rank, size = share.size;
+    const int64_t rows = chunk_rows(p, chunk);
+    const T* dgates = dgates_at(p, plan, chunk, chunk.first);
+    if (p.dx.data != nullptr) {
+      input_gradient(p, plan, chunk, dgates, share_of(rows, rank, size), share_of(rows, rank + 1, size));
+    }
+    const bool again = chunk.index > 0;
+    if (p.dweight_ih.data != nullptr) {
+      const auto source = [&](const Cursor& at_row) { return at<const E>(p.x, at_row.flat, 0); };
+      weight_gradient(p, plan, chunk, dgates, source, p.inputs, false,
+                      Sums{sums(p.dweight_ih, plan, kSumsInput), sums_stride(p.dweight_ih, p.inputs), again}, rank,
+                      size);
+    }
+    if (p.dweight_hh.data != nullptr) {
+      const auto source = [&](const Cursor& at_row) { return previous_h(p, at_row.t, at_row.row); };
+      weight_gradient(p, plan, chunk, dgates, source, p.hidden, true,
+                      Sums{sums(p.dweight_hh, plan, kSumsHidden), sums_stride(p.dweight_hh, p.hidden), again}, rank,
+                      size);
+    }
+    if (p.dbias_ih.data != nullptr || p.dbias_hh.data != nullptr) {
+      const int64_t columns = Cell::dgates * p.hidden;
+      add_up(dgates, dgates_stride(p), rows, share_of(columns, rank, size), share_of(columns, rank + 1, size), again,
+             region<T>(plan, kBias));
+    }
+  }
+
+  // The sums of the columns [begin, end) as far as they lie in [low, high), to `out` from column `to` on.
+  static void copy_bias(const Backward&, const Plan& plan, int64_t begin, int64_t end, int64_t low, int64_t high,
+                        const Matrix& out, int64_t to) {
+    if (begin < low) begin = low;
+    if (end > high) end = high;
+    if (begin < end) {
+      narrow_row<S>(region<T>(plan, kBias) + begin, end - begin, at<E>(out, 0, to + begin - low), false);
+    }
+  }
+
+ private:
+  // A row of the data: row `row` of step t.
+  struct Cursor {
+    int64_t flat, t, row;
+  };
+  // A sum in the making: the first time it is written, then added to.
+  struct Sums {
+    T* data;
+    int64_t stride;
+    bool again;
+  };
+
+  // dx = dgates W_ih for rows begin … end − 1 of the chunk.
+  static void input_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const T* dgates, int64_t begin,
+                             int64_t end) {
+    if (begin == end) return;
+    const int64_t flat = p.offsets[chunk.first] + begin;
+    Sums out{nullptr, 0, p.add_to_dx};
+    if constexpr (kSame<T, E>) {
+      out.data = at<T>(p.dx, flat, 0);
+      out.stride = p.dx.stride;
+    } else {
+      out.stride = padded<S>(p.inputs);
+      out.data = region<T>(plan, kRows) + begin * out.stride;
+      out.again = false;
+    }
+    const T* left = dgates + begin * dgates_stride(p);
+    for (int64_t index = 0; index < input_blocks(p); ++index) {
+      const Block b = input_block(p, index);
+      const Panel<T> weights = panel(p, plan, p.weight_ih, kPackedInput, b);
+      for (int64_t k = 0; k < gates * p.hidden; k += kDepth) {
+        const int64_t depth = gates * p.hidden - k < kDepth ? gates * p.hidden - k : kDepth;
+        multiply<S>(Left<T>{left + k, dgates_stride(p), 1}, end - begin, chunk_rows(p, chunk),
+                    // The next panel lies behind this one, where they are packed.
+                    Panel<T>{weights.data + k * weights.stride, weights.stride,
+                             plan.packed ? weights.data + (k + depth) * weights.stride : nullptr},
+                    b.present, depth, out.data + b.first, out.stride, out.again || k > 0);
+      }
+    }
+    if constexpr (!kSame<T, E>) {
+      for (int64_t i = 0; i < end - begin; ++i) {
+        narrow_row<S>(out.data + i * out.stride, p.inputs, at<E>(p.dx, flat + i, 0), p.add_to_dx);
+      }
+    }
+  }
+
+  static T* sums(const Matrix& gradient, const Plan& plan, Region r) {
+    return kSame<T, E> ? static_cast<T*>(gradient.data) : region<T>(plan, r);
+  }
+  static int64_t sums_stride(const Matrix& gradient, int64_t columns) {
+    return kSame<T, E> ? gradient.stride : columns;
+  }
+
+  // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, or null for zeros. Each thread has a share
+  // of the rows of dW, and packs all rows of the source for itself.
+  template <class Source>
+  static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const T* dgates,
+                              const Source& source, int64_t columns, bool recurrent, const Sums& out, int rank,
+                              int size) {
+    const int64_t begin = share_of(gates * p.hidden, rank, size), end = share_of(gates * p.hidden, rank + 1, size);
+    T* packed = region<T>(plan, kPanels) + rank * kDepth * kMaxVectors * S::lanes;
+    const int64_t rows = chunk_rows(p, chunk);
+    Cursor start{p.offsets[chunk.first], chunk.first, 0};
+    for (int64_t k = 0; k < rows; k += kDepth) {
+      const int64_t depth = rows - k < kDepth ? rows - k : kDepth;
+      Cursor after = start;
+      for (int64_t index = 0; index < ceil_div(columns, kMaxVectors * S::lanes); ++index) {
+        const Block b = block_at<S>(columns, kMaxVectors, index);
+        const int width = b.vectors * S::lanes;
+        after = start;
+        for (int64_t i = 0; i < depth; ++i) {
+          const E* from = source(after);
+          pack_row<S>(from == nullptr ? nullptr : from + b.first, b, packed + i * width);
+          ++after.flat;
+          if (++after.row == active_rows(p, after.t)) {
+            ++after.t;
+            after.row = 0;
+          }
+        }
+        // The rows of dW, with the columns of dgates that are theirs.
+        int64_t row = 0;
+        for (int i = 0; i < (recurrent ? Cell::segments : 1); ++i) {
+          const int64_t column = recurrent ? Cell::segment[i].begin * p.hidden : 0;
+          const int64_t length = (recurrent ? Cell::segment[i].length : gates) * p.hidden;
+          const int64_t first = begin > row ? begin : row, last = end < row + length ? end : row + length;
+          if (first < last) {
+            multiply<S>(Left<T>{dgates + k * dgates_stride(p) + column + first - row, 1, dgates_stride(p)},
+                        last - first, gates * p.hidden, Panel<T>{packed, width}, b.present, depth,
+                        out.data + first * out.stride + b.first, out.stride, out.again || k > 0);
+          }
+          row += length;
+        }
+      }
+      start = after;
+    }
+  }
+
+  // sums[column] (+)= Σ over rows, for columns begin … end − 1.
+  static void add_up(const T* rows, int64_t stride, int64_t count, int64_t begin, int64_t end, bool again, T* sums) {
+    for (int64_t column = begin; column < end; column += S::lanes) {
+      with_lanes<S>(end - column, [&](const auto& lanes) {
+        V total = again ? lanes.load(sums + column) : V{};
+        for (int64_t i = 0; i < count; ++i) total = total + lanes.load(rows + i * stride + column);
+        lanes.store(sums + column, total);
+      });
+    }
+  }
+};
+
+}  // namespace
+}  // namespace pyrnnfast
