@@ -9,18 +9,13 @@
 #include "check.h"
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
+#include "infer.h"
 #include "tensor.h"
 
 namespace py = pybind11;
 using namespace pyrnnfast;
 
 namespace {
-
-template <class P>
-void run_without_gil(const Checked<P>& call, int threads) {
-  const py::gil_scoped_release release;
-  for (const P& direction : call.directions) run(direction, threads);
-}
 
 void forward(const py::args& args, const py::kwargs& kwargs) {
   static const std::vector<const char*> names = {"cell", "x",   "h0",   "c0",          "weights", "y",
@@ -76,6 +71,16 @@ void product(const py::args& args, const py::kwargs& kwargs) {
   run(p, threads);
 }
 
+py::object infer(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"types", "cell", "inputs", "hidden", "x", "hx", "weights", "threads"};
+  const Arguments arguments("infer", names, args, kwargs);
+  for (const size_t i : {size_t{0}, size_t{6}}) {
+    if (!PyTuple_Check(arguments[i].ptr())) throw py::type_error(std::string(names[i]) + " must be a tuple");
+  }
+  return infer_plain(arguments[0].cast<py::tuple>(), arguments.text(1), arguments.integer(2), arguments.integer(3),
+                     arguments[4], arguments[5], arguments[6].cast<py::tuple>(), check_threads(arguments.integer(7)));
+}
+
 void check_batch_sizes_of(const py::args& args, const py::kwargs& kwargs) {
   static const std::vector<const char*> names = {"batch_sizes", "rows"};
   const Arguments arguments("check_batch_sizes", names, args, kwargs);
@@ -93,21 +98,12 @@ bool agree(const py::args& args, const py::kwargs& kwargs) {
   const auto types = arguments[0].cast<py::tuple>(), tensors = arguments[1].cast<py::tuple>(),
              shapes = arguments[2].cast<py::tuple>();
   if (tensors.size() != shapes.size()) return false;
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   ElementType type = ElementType::other;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const py::handle tensor = tensors[i], shape = shapes[i];
-    bool known = false;
-    for (const py::handle t : types) known |= reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) == t.ptr();
-    if (!known || !PyTuple_Check(shape.ptr())) return false;
-    const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), is_neg));
-    if (!negated) throw py::error_already_set();
-    if (negated.ptr() != Py_False) return false;
-    const Operand o = read_tensor(tensor, names[1]);
-    if (!o.on_cpu || (i > 0 && o.type != type) || o.type == ElementType::other || o.type == ElementType::int64 ||
-        o.dimensions != PyTuple_GET_SIZE(shape.ptr()) || o.dimensions > 3) {
-      return false;
-    }
+    const py::handle shape = shapes[i];
+    Operand o;
+    if (!PyTuple_Check(shape.ptr()) || !read_plain_tensor(tensors[i], types, o)) return false;
+    if ((i > 0 && o.type != type) || o.dimensions != PyTuple_GET_SIZE(shape.ptr()) || o.dimensions > 3) return false;
     type = o.type;
     for (int d = 0; d < o.dimensions; ++d) {
       if (o.shape[d] != PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), d))) {
@@ -171,6 +167,7 @@ PYBIND11_MODULE(_cpu, m) {
   instruction_set_in_use();  // a bad PYRNNFAST_ISA fails here, at import
   m.def("forward", &forward);
   m.def("backward", &backward);
+  m.def("infer", &infer, "A plain dense layer, or step, without gradients; None for whatever is not so plain.");
   m.def("check_batch_sizes", &check_batch_sizes_of,
         "Raises ValueError unless batch_sizes are those of packed data of so many rows.");
   m.def("agree", &agree, "Whether tensors are plain ones of these types and shapes, and of one dtype of the kernels'.");

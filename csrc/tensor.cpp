@@ -116,4 +116,16 @@ std::vector<Operand> read_tensors(py::handle tuple, const char* name) {
   return operands;
 }
 
+bool read_plain_tensor(py::handle object, const py::tuple& types, Operand& operand) {
+  bool known = false;
+  for (const py::handle type : types) known |= reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == type.ptr();
+  if (!known) return false;
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+  if (!negated) throw py::error_already_set();
+  if (negated.ptr() != Py_False) return false;
+  operand = read_tensor(object, "tensor");
+  return operand.on_cpu && operand.type != ElementType::other && operand.type != ElementType::int64;
+}
+
 }  // namespace pyrnnfast

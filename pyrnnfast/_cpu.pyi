@@ -1,3 +1,5 @@
+from typing import Any
+
 from torch import Tensor
 
 Tensors = tuple[Tensor | None, ...]
@@ -33,6 +35,16 @@ def backward(
     batch_sizes: Tensor | None,
     threads: int,
 ) -> None: ...
+def infer(
+    types: tuple[type, ...],
+    cell: str,
+    inputs: int,
+    hidden: int,
+    x: object,
+    hx: object,
+    weights: tuple[object, ...],
+    threads: int,
+) -> Any: ...
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None: ...
 def agree(types: tuple[type, ...], tensors: tuple[object, ...], shapes: tuple[tuple[int, ...], ...]) -> bool: ...
 def instruction_sets() -> list[str]: ...

@@ -228,6 +228,23 @@ def _guard(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> None:
             raise RuntimeError(f"LSTM: {reason}")
 
 
+def infer(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
+    """The shortest road, for a dense, time-major layer of one direction, or a step, while gradients are off.
+
+    Args:
+        input: [T, B, I], or [B, I] for a step
+
+    Returns:
+        What :func:`call` would, or None where the call is not as plain as that: then :func:`call` knows what to do.
+    """
+    if _recording_obstacle() is not None or _mode_obstacle() is not None:
+        return None
+    try:
+        return _cpu.infer(_PLAIN, cell, input_size, hidden_size, input, hx, tuple(weights), torch.get_num_threads())
+    except ValueError:  # a tensor without memory of its own
+        return None
+
+
 def call(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], otherwise: Callable[[Any, Any], Any]) -> Any:
     """The call on our kernels, or, where they do not serve it, ``otherwise(input, hx)``: torch's own way to do it."""
     if obstacle(spec, input, hx, weights) is not None:

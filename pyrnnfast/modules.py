@@ -43,7 +43,15 @@ class _Layers(torch.nn.RNNBase):
                 ``PackedSequence`` whose ``batch_sizes`` do not describe its data, and for an LSTM whose packed ``hx``
                 or whose weights have wrong shapes.
         """
-        return functional.call(self._spec(), input, hx, self._weights(), otherwise=super().forward)
+        weights = self._weights()
+        if self._is_plain() and not torch.is_grad_enabled() and type(input) is Tensor and input.dim() == 3:
+            found = functional.infer(self.mode.lower(), self.input_size, self.hidden_size, input, hx, weights)
+            if found is not None:
+                return found
+        return functional.call(self._spec(), input, hx, weights, otherwise=super().forward)
+
+    def _is_plain(self) -> bool:
+        return self.num_layers == 1 and not (self.bidirectional or self.batch_first or self.proj_size)
 
     def _spec(self) -> Spec:
         return Spec(
@@ -88,7 +96,12 @@ class _Cells(torch.nn.RNNCellBase):
         Raises:
             ValueError, RuntimeError: with torch's words; TypeError when the LSTM's ``hx`` is no pair.
         """
-        return functional.call(self._spec(), input, hx, self._weights(), otherwise=super().forward)
+        weights = self._weights()
+        if not torch.is_grad_enabled() and type(input) is Tensor and input.dim() == 2:
+            found = functional.infer(self._kind(), self.input_size, self.hidden_size, input, hx, weights)
+            if found is not None:
+                return found
+        return functional.call(self._spec(), input, hx, weights, otherwise=super().forward)
 
     def _kind(self) -> str:
         raise NotImplementedError

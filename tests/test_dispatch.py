@@ -139,6 +139,8 @@ def test_inference_keeps_nothing_for_backward(cell: str, single_step: bool, monk
         real(*args)
 
     monkeypatch.setattr(_cpu, "forward", spied)
+    # Not by the shortest road, which has no room to keep anything.
+    monkeypatch.setattr(_cpu, "infer", lambda *args: None)
     case = Case(cell, single_step=single_step, bidirectional=not single_step)
     module = case.module(pyrnnfast)
     x, states = case.operands()
