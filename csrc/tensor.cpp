@@ -124,7 +124,11 @@ bool read_plain_tensor(py::handle object, const py::tuple& types, Operand& opera
   const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
   if (!negated) throw py::error_already_set();
   if (negated.ptr() != Py_False) return false;
-  operand = read_tensor(object, "tensor");
+  try {
+    operand = read_tensor(object, "tensor");
+  } catch (const py::value_error&) {  // it has no memory
+    return false;
+  }
   return operand.on_cpu && operand.type != ElementType::other && operand.type != ElementType::int64;
 }
 

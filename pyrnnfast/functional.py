@@ -5,7 +5,6 @@ What the kernels do not serve, bad input included, goes to torch, which computes
 :func:`obstacle` says why, before anything is done.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -100,10 +99,8 @@ def _weights_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
     if not weights or not isinstance(weights[0], Tensor):
         return "there are no weights"
     shapes = _weight_shapes(*spec[:4], spec.bias, spec.directions)
-    # A sparse tensor or one without memory has no address that could be asked for.
-    with contextlib.suppress(ValueError):
-        if _cpu.agree(_PLAIN, tuple(weights), shapes):
-            return None
+    if _cpu.agree(_PLAIN, tuple(weights), shapes):
+        return None
     dtype = weights[0].dtype
     if dtype not in _SERVED_DTYPES:
         return f"the kernels serve float32, float64 and bfloat16, not {dtype}"
@@ -239,10 +236,7 @@ def infer(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, wei
     """
     if _recording_obstacle() is not None or _mode_obstacle() is not None:
         return None
-    try:
-        return _cpu.infer(_PLAIN, cell, input_size, hidden_size, input, hx, tuple(weights), torch.get_num_threads())
-    except ValueError:  # a tensor without memory of its own
-        return None
+    return _cpu.infer(_PLAIN, cell, input_size, hidden_size, input, hx, tuple(weights), torch.get_num_threads())
 
 
 def call(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], otherwise: Callable[[Any, Any], Any]) -> Any:

@@ -3,8 +3,8 @@
 The kernels read and write bfloat16 and compute in float32. So forward each result is the exact one rounded once (given
 the rounded h of the step before, on processors that multiply bfloat16 themselves), and backward, given what forward has
 kept (which is bfloat16 too, but for the LSTM's cells), so is each gradient. Both are held to that bound here, against
-the cells' equations in float64. Through modules, whose layers read one another's rounded results, the measure is torch's
-own error.
+the cells' equations in float64. Through modules, whose layers read one another's rounded results, the measure is
+torch's own error.
 """
 
 import math
