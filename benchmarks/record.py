@@ -37,6 +37,7 @@ class Entry(TypedDict):
     torch_cell_ms: NotRequired[float]
     ours_float32_ms: NotRequired[float]
     dense_ms: NotRequired[float]  # our dense training steps at the batches of a ragged row's steps, summed
+    ours_beside_dense_ms: NotRequired[float]  # the ragged row timed among those
     error: float  # the largest difference of the two sides, relative to the largest value
     rounds: int
     disturbed: bool  # a core was stolen around every attempt

@@ -205,7 +205,8 @@ def sides(row: Row) -> dict[str, Step]:
     """What to time turn by turn: ``torch``, ``ours``, and what else the row is to be compared with.
 
     ``torch_cell``: nn.LSTMCell, beside a single step of nn.LSTM; ``ours_float32``: beside other dtypes; ``dense_N``:
-    our dense training step over T steps of batch N, beside a ragged one.
+    our dense training step over T steps of batch N, beside a ragged one, which is then timed among them once more
+    (``ours_beside_dense``): behind torch's it finds the caches empty, and they do not.
 
     Raises:
         NotFused: what is called ours would not run on our kernels.
@@ -226,4 +227,6 @@ def sides(row: Row) -> dict[str, Step]:
     for batch in dense_batches(row):
         shape = (row.shape[0], batch, *row.shape[2:])
         result[f"dense_{batch}"] = our_step(replace(row, kind="layer", shape=shape))
+    if dense_batches(row):
+        result["ours_beside_dense"] = result["ours"]
     return result

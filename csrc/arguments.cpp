@@ -44,9 +44,4 @@ int64_t Arguments::integer(size_t index) const {
   return value;
 }
 
-bool Arguments::flag(size_t index) const {
-  if (!PyBool_Check(values_[index].ptr())) wrong_type(index, "a bool");
-  return values_[index].ptr() == Py_True;
-}
-
 }  // namespace pyrnnfast

@@ -25,7 +25,6 @@ class Arguments {
   // These throw py::type_error for another type, and integer() py::value_error beyond 64 bits.
   std::string text(size_t index) const;
   int64_t integer(size_t index) const;
-  bool flag(size_t index) const;
 
  private:
   [[noreturn]] void wrong_type(size_t index, const char* expected) const;

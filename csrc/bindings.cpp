@@ -10,6 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
 #include "infer.h"
+#include "run.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -163,7 +164,7 @@ void set_threshold_of(const py::args& args, const py::kwargs& kwargs) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "The recurrence on the CPU; csrc/problem.h tells what each operand is.";
+  m.doc() = "Recurrent layers on the CPU; csrc/check.h tells what each operand is.";
   instruction_set_in_use();  // a bad PYRNNFAST_ISA fails here, at import
   m.def("forward", &forward);
   m.def("backward", &backward);

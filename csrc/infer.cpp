@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "run.h"
 #include "tensor.h"
 
 namespace py = pybind11;

@@ -6,16 +6,7 @@
 
 #include <string>
 
-#include "check.h"
-#include "cpu/schedule.h"
-
 namespace pyrnnfast {
-
-template <class P>
-void run_without_gil(const Checked<P>& call, int threads) {
-  const pybind11::gil_scoped_release release;
-  for (const P& direction : call.directions) run(direction, threads);
-}
 
 // What torch.nn's module returns for x [T, B, I], or its cell for x [B, I]. None wherever anything is not as plain as
 // it could be, so that the caller goes the long way, where it is put right or gets its error.

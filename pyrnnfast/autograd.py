@@ -94,7 +94,7 @@ class _Step(torch.autograd.Function):
             x_h_c = [None if g is None else g.squeeze(0) for g in found[:3]]
             return None, *x_h_c, *found.weights
         # For its size, where its values are of no use.
-        y = gates[:, : gates.shape[1] // CELLS[cell].saved].contiguous() if h is None else h
+        y = gates[:, : gates.shape[1] // CELLS[cell].saved] if h is None else h
         found = backward(cell, needs, x, None, h0, c0, weights, y, (gates, cells), (None, grad_h, grad_c))
         return None, found.x, found.h0, found.c0, *found.weights
 

@@ -226,7 +226,7 @@ def _guard(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> None:
 
 
 def infer(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
-    """The shortest road, for a dense, time-major layer of one direction, or a step, while gradients are off.
+    """The shortest road, for a dense, time-major layer of one direction, or a step, where gradients are off.
 
     Args:
         input: [T, B, I], or [B, I] for a step
@@ -234,7 +234,7 @@ def infer(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, wei
     Returns:
         What :func:`call` would, or None where the call is not as plain as that: then :func:`call` knows what to do.
     """
-    if _recording_obstacle() is not None or _mode_obstacle() is not None:
+    if torch.is_grad_enabled() or _recording_obstacle() is not None or _mode_obstacle() is not None:
         return None
     return _cpu.infer(_PLAIN, cell, input_size, hidden_size, input, hx, tuple(weights), torch.get_num_threads())
 

@@ -44,7 +44,7 @@ class _Layers(torch.nn.RNNBase):
                 or whose weights have wrong shapes.
         """
         weights = self._weights()
-        if self._is_plain() and not torch.is_grad_enabled() and type(input) is Tensor and input.dim() == 3:
+        if self._is_plain() and type(input) is Tensor and input.dim() == 3:
             found = functional.infer(self.mode.lower(), self.input_size, self.hidden_size, input, hx, weights)
             if found is not None:
                 return found
@@ -97,7 +97,7 @@ class _Cells(torch.nn.RNNCellBase):
             ValueError, RuntimeError: with torch's words; TypeError when the LSTM's ``hx`` is no pair.
         """
         weights = self._weights()
-        if not torch.is_grad_enabled() and type(input) is Tensor and input.dim() == 2:
+        if type(input) is Tensor and input.dim() == 2:
             found = functional.infer(self._kind(), self.input_size, self.hidden_size, input, hx, weights)
             if found is not None:
                 return found

@@ -246,7 +246,9 @@ def test_targets_of_special_rows() -> None:
     for cell in rows.CELLS:
         (aim,) = targets.aims(entry(cell=cell, mode="training", shape=[1, 1, 128, 128]))
         assert aim.target == 1.0
-    ragged = entry(kind="packed", mode="training", shape=[200, 8, 64, 64], torch_ms=9.0, dense_ms=0.8)
+    ragged = entry(
+        kind="packed", mode="training", shape=[200, 8, 64, 64], torch_ms=9.0, dense_ms=0.8, ours_beside_dense_ms=1.0
+    )
     assert [(aim.target, aim.met) for aim in targets.aims(ragged)] == [(8.0, True), (1.15, False), (1.4, True)]
 
 

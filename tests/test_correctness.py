@@ -210,3 +210,25 @@ def test_long_sequences(cell: str) -> None:
     case = replace(Case(cell), steps=1000, batch=2, hidden=8, bidirectional=True)
     for name, error in errors(run(case, pyrnnfast, torch.float64), run_torch(case, torch.float64)).items():
         assert error <= 1e-12, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_very_many_rows_stay_exact(cell: str) -> None:
+    """Sums over 200,000 rows of one sign, in parts: as one chain of float32 they would be off by 10⁻⁴ and more."""
+    steps, batch = 3125, 64
+    case = Case(cell, steps=steps, batch=batch, inputs=64, hidden=16, initial=False)
+    module = case.module(pyrnnfast)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        # Gates that let all pass alike at every step.
+        module.bias_ih_l0.fill_(0.1)
+    x = torch.full((steps, batch, 64), 0.1)
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        y, _ = module.to(dtype)(x.to(dtype))
+        results[dtype] = torch.autograd.grad(y.sum(), list(module.parameters()))
+    for found, expected in zip(results[torch.float32], results[torch.float64], strict=True):
+        # 256 rows at a time, and then the sums of those.
+        roundings = 256 + steps * batch / 256
+        assert (found.double() - expected).abs().max() <= roundings * 2.0**-24 * expected.abs().max()

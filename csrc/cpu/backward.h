@@ -109,7 +109,7 @@ struct BackwardPass {
         const int64_t first = end > share.row_begin ? end : share.row_begin;
         if (p.dh0.data != nullptr && first < leaving) leave(p, plan, b, first, leaving, dgates);
       }
-      share.meet();
+      meet(share);
     }
   }
 
@@ -146,11 +146,11 @@ struct BackwardPass {
     }
     const int64_t columns = Cell::dgates * p.hidden;
     const int64_t first = share_of(columns, rank, size), end = share_of(columns, rank + 1, size);
-    if (p.dbias_ih.data != nullptr) G::copy_bias(p, plan, first, end, 0, gates * p.hidden, p.dbias_ih, 0);
+    if (p.dbias_ih.data != nullptr) G::copy_bias(plan, first, end, 0, gates * p.hidden, p.dbias_ih, 0);
     if (p.dbias_hh.data != nullptr) {
       int64_t to = 0;
       for (const Segment& s : Cell::segment) {
-        G::copy_bias(p, plan, first, end, s.begin * p.hidden, (s.begin + s.length) * p.hidden, p.dbias_hh, to);
+        G::copy_bias(plan, first, end, s.begin * p.hidden, (s.begin + s.length) * p.hidden, p.dbias_hh, to);
         to += s.length * p.hidden;
       }
     }

@@ -107,7 +107,7 @@ struct ForwardPass {
         }
       }
     }
-    share.meet();
+    meet(share);
   }
 
   static void sweep(const Forward& p, const Plan& plan, const Chunk& chunk, const Chunk&, const Share& share) {
@@ -133,7 +133,7 @@ struct ForwardPass {
           row += rows;
         }
       }
-      share.meet();
+      meet(share);
     }
   }
 

@@ -81,8 +81,8 @@ struct Gradients {
   }
 
   // The sums of the columns [begin, end) as far as they lie in [low, high), to `out` from column `to` on.
-  static void copy_bias(const Backward&, const Plan& plan, int64_t begin, int64_t end, int64_t low, int64_t high,
-                        const Matrix& out, int64_t to) {
+  static void copy_bias(const Plan& plan, int64_t begin, int64_t end, int64_t low, int64_t high, const Matrix& out,
+                        int64_t to) {
     if (begin < low) begin = low;
     if (end > high) end = high;
     if (begin < end) {
@@ -191,9 +191,9 @@ struct Gradients {
   static void add_up(const T* rows, int64_t stride, int64_t count, int64_t begin, int64_t end, bool again, T* sums) {
     for (int64_t column = begin; column < end; column += S::lanes) {
       with_lanes<S>(end - column, [&](const auto& lanes) {
-        V total = again ? lanes.load(sums + column) : V{};
+        V total{};
         for (int64_t i = 0; i < count; ++i) total = total + lanes.load(rows + i * stride + column);
-        lanes.store(sums + column, total);
+        lanes.store(sums + column, again ? lanes.load(sums + column) + total : total);
       });
     }
   }

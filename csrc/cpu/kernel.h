@@ -14,7 +14,8 @@ enum Region {
   kBias,          // forward: [G·H + H] in the order of the tile; backward: the running sums of dgates' rows
   kState0,        // forward: h before and after the step by turns, [B, H] each
   kState1,
-  kCell,    // [B, H], forward: c of the last step; backward: what the cell carries back
+  // [B, H], forward: c of the last step, or h where the state is rounded; backward: what the cell carries back.
+  kCell,
   kGates0,  // rows of one chunk, forward: the input's product; backward: dgates, by turns
   kGates1,
   kRows,       // rows of one chunk of x or dx, [chunk, I], where they have to be converted
@@ -47,10 +48,6 @@ struct Share {
   int64_t block_begin, block_end;
   int member, members;  // of those who share the rows
   Barrier* barrier;     // null: nobody else
-
-  void meet() const {
-    if (barrier != nullptr) barrier->wait(members);
-  }
 };
 
 template <class P>

@@ -8,6 +8,11 @@
 namespace pyrnnfast {
 namespace {
 
+// All threads of a share of rows wait for one another.
+inline void meet(const Share& share) {
+  if (share.barrier != nullptr) share.barrier->wait(share.members);
+}
+
 template <class E>
 E* at(const Matrix& m, int64_t row, int64_t column) {
   return static_cast<E*>(m.data) + row * m.stride + column;
@@ -77,10 +82,6 @@ struct Lanes {
   void store(E* p, V v) const {
     if constexpr (Whole) return S::store(p, v);
     S::store_part(p, v, n);
-  }
-  template <class E>
-  V load_or_zero(const Matrix& m, int64_t row, int64_t column) const {
-    return m.data == nullptr ? V{} : load(at<const E>(m, row, column));
   }
 };
 

@@ -39,7 +39,8 @@ Threshold unpacked_rows{"unpacked_rows"};
 constexpr int64_t kUnpackedRows = 8;
 // A single step reads its weights where they lie up to this batch size.
 Threshold unpacked_step{"unpacked_step"};
-constexpr int64_t kUnpackedStep = 64;  // With fewer rows than this a thread, tiles are too low to be efficient.
+constexpr int64_t kUnpackedStep = 64;
+// With fewer rows than this a thread, tiles are too low to be efficient. Set: rows are shared before units.
 Threshold rows_per_thread{"rows_per_thread"};
 constexpr int64_t kRowsPerThread = 4;
 // So large a W_hh does not fit the second cache: threads that each have few rows had better share its units.
@@ -182,11 +183,12 @@ Plan make_plan(const Backward& p) {
 
 // Into how many groups the rows are cut, each for one thread or for several that share its units. Groups never wait for
 // one another; but those of ragged rows end at different times, whatever the cut, as rows go by whole tiles.
-int groups_of(const Problem& p, int64_t blocks, int threads) {
+// `rows_set`: the threshold, read once for the whole team.
+int groups_of(const Problem& p, int64_t blocks, int64_t rows_set, int threads) {
   const bool large = gates_of(p.cell) * p.hidden * p.hidden >= kLargeWeights;
   const bool share_units = !is_dense(p) || (large && p.batch < kFewRows * threads);
-  const int64_t most = p.batch / std::max<int64_t>(rows_per_thread.or_else(kRowsPerThread), 1);
-  const int64_t wanted = share_units && rows_per_thread.or_else(-1) < 0 ? (threads + blocks - 1) / blocks : threads;
+  const int64_t most = p.batch / (rows_set < 0 ? kRowsPerThread : std::max<int64_t>(rows_set, 1));
+  const int64_t wanted = share_units && rows_set < 0 ? (threads + blocks - 1) / blocks : threads;
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most), 1, threads));
 }
 
@@ -195,17 +197,18 @@ struct Job {
   const P& problem;
   const Kernel<P>& kernel;
   Plan plan;
-  int64_t blocks;
+  int64_t blocks, rows_set;
   std::vector<Barrier> barriers;  // of each group of rows
   Barrier everyone;
 
   static void body(void* context, int rank, int size) { static_cast<Job*>(context)->run(rank, size); }
 
   void run(int rank, int size) {
-    const Share share = share_for(rank, size);
+    const int groups = groups_of(problem, blocks, rows_set, size);
+    const Share share = share_for(rank, size, groups);
     const bool sweeps = share.row_begin < share.row_end;
     const bool descending = Order<P>::descending(problem);
-    const bool places_change = groups_of(problem, blocks, size) > 1 && !is_dense(problem);
+    const bool places_change = groups > 1 && !is_dense(problem);
     kernel.begin(problem, plan, share);
     wait(size);
     Chunk before{0, 0, -1};
@@ -229,8 +232,7 @@ struct Job {
 
  private:
   // The team may be smaller than was asked for, and is known only inside it.
-  Share share_for(int rank, int size) {
-    const int groups = groups_of(problem, blocks, size);
+  Share share_for(int rank, int size, int groups) {
     const int members = static_cast<int>(std::min<int64_t>(size / groups, blocks));
     const int group = rank / members, member = rank % members;
     if (group >= groups) return Share{rank, size, 0, 0, 0, 0, 0, 1, nullptr};
@@ -277,7 +279,13 @@ void run_kernel(const P& p, const Kernel<P>& kernel, int threads) {
   }
   const Scratch scratch(total);
   for (int r = 0; r < kRegions; ++r) plan.region[r] = bytes[r] > 0 ? scratch.data() + begin[r] : nullptr;
-  Job<P> job{p, kernel, plan, kernel.blocks(p), std::vector<Barrier>(static_cast<size_t>(threads)), {}};
+  Job<P> job{p,
+             kernel,
+             plan,
+             kernel.blocks(p),
+             rows_per_thread.or_else(-1),
+             std::vector<Barrier>(static_cast<size_t>(threads)),
+             {}};
   parallel(threads, Job<P>::body, &job);
 }
 

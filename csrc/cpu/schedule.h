@@ -1,4 +1,4 @@
-// Runs one checked problem: picks the kernel of the instruction set in use, packs the weights, shares the work.
+// Runs one checked problem: picks the kernel of the instruction set in use, gives it memory, shares the work.
 #pragma once
 
 #include <string>
@@ -7,7 +7,8 @@
 
 namespace pyrnnfast {
 
-// At most `threads` threads. Throws std::bad_alloc, and then nothing has been written.
+// One direction of a layer, on at most `threads` threads. Throws std::bad_alloc, and then nothing of it has been
+// written.
 void run(const Forward& problem, int threads);
 void run(const Backward& problem, int threads);
 void run(const Product& problem, int threads);

@@ -2,8 +2,8 @@
 //
 //   out[m][v·lanes + lane] (+)= Σ_k a[m, k] · panel[k][v·lanes + lane]      m < Rows, v < Vectors
 //
-// Each element is one chain of multiply-adds over k (two, of even and odd k, in the small-batch family), whatever the
-// number of rows beside it: a row's bits do not depend on how rows are shared among tiles and threads.
+// Each element is one chain of multiply-adds over k (two, of every other k or pair of k, in the small-batch family),
+// whatever the number of rows beside it: a row's bits do not depend on how rows are shared among tiles and threads.
 #pragma once
 
 #include "simd.h"
@@ -54,8 +54,7 @@ void product(Left<A> a, Panel<P> panel, int64_t depth, typename S::Scalar* out, 
   for (int m = 0; m < Rows; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      sum[0][m][v] = add ? S::load(out + m * out_stride + v * S::lanes) : V{};
-      if constexpr (Chains == 2) sum[1][m][v] = V{};
+      for (int chain = 0; chain < Chains; ++chain) sum[chain][m][v] = V{};
     }
   }
   const A* row[Rows];
@@ -135,7 +134,10 @@ void product(Left<A> a, Panel<P> panel, int64_t depth, typename S::Scalar* out, 
     for (int v = 0; v < Vectors; ++v) {
       V total = sum[0][m][v];
       if constexpr (Chains == 2) total = total + sum[1][m][v];
-      S::store(out + m * out_stride + v * S::lanes, total);
+      T* to = out + m * out_stride + v * S::lanes;
+      // Added as a whole: a sum over very many k, in parts, is more exact so than as one chain.
+      if (add) total = S::load(to) + total;
+      S::store(to, total);
     }
   }
 }

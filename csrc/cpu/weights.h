@@ -4,7 +4,8 @@
 //   by unit     panel[k][gate][unit] = W[gate·H + unit, k]      x W_ihᵀ and h W_hhᵀ, of the forward pass
 //   by column   panel[k][column]     = W[k, column]             dgates W_ih and dgates W_hh, of the backward pass
 //
-// The units and columns of the last block that do not exist are zeros.
+// The units and columns of the last block that do not exist are zeros. Panels of bfloat16 have the elements of an even
+// k and of the next side by side: panel[k / 2][…][k % 2].
 #pragma once
 
 #include "tile.h"
