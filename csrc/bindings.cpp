@@ -18,17 +18,22 @@ using namespace pyrnnfast;
 
 namespace {
 
+// What both passes begin with, behind the cell's name.
+void read_common(const Arguments& arguments, LayerOperands& o) {
+  o.x = read_tensor(arguments[1], "x");
+  o.h0 = read_tensor(arguments[2], "h0");
+  o.c0 = read_tensor(arguments[3], "c0");
+  o.weights = read_tensors(arguments[4], "weights");
+  o.y = read_tensor(arguments[5], "y");
+}
+
 void forward(const py::args& args, const py::kwargs& kwargs) {
   static const std::vector<const char*> names = {"cell", "x",   "h0",   "c0",          "weights", "y",
                                                  "h_n",  "c_n", "kept", "batch_sizes", "threads"};
   const Arguments arguments("forward", names, args, kwargs);
   const auto tensor = [&](size_t i) { return read_tensor(arguments[i], names[i]); };
   ForwardOperands o;
-  o.x = tensor(1);
-  o.h0 = tensor(2);
-  o.c0 = tensor(3);
-  o.weights = read_tensors(arguments[4], names[4]);
-  o.y = tensor(5);
+  read_common(arguments, o);
   o.h_n = tensor(6);
   o.c_n = tensor(7);
   o.kept = read_tensors(arguments[8], names[8]);
@@ -44,11 +49,7 @@ void backward(const py::args& args, const py::kwargs& kwargs) {
   const Arguments arguments("backward", names, args, kwargs);
   const auto tensor = [&](size_t i) { return read_tensor(arguments[i], names[i]); };
   BackwardOperands o;
-  o.x = tensor(1);
-  o.h0 = tensor(2);
-  o.c0 = tensor(3);
-  o.weights = read_tensors(arguments[4], names[4]);
-  o.y = tensor(5);
+  read_common(arguments, o);
   o.kept = read_tensors(arguments[6], names[6]);
   o.grad_y = tensor(7);
   o.grad_h_n = tensor(8);
