@@ -19,6 +19,8 @@ struct BackwardPass {
   using V = typename S::Value;
   using Math = VectorMath<S>;
   using G = Gradients<Cell, S, E>;
+  using Operand = typename G::Operand;
+  static constexpr bool narrow_products = G::narrow_products;
   static constexpr int gates = Cell::gates;
   static constexpr int unit_vectors = kMaxVectors;
 
@@ -26,10 +28,10 @@ struct BackwardPass {
   static Block block(const Backward& p, int64_t index) { return block_at<S>(p.hidden, unit_vectors, index); }
 
   static bool needs_hidden(const Backward& p) { return p.steps > 1 || p.dh0.data != nullptr; }
-  static bool narrow(const Backward& p) { return !kSame<T, E> && p.batch < 8; }
+  static bool narrow(const Backward& p) { return narrow_products || (!kSame<T, E> && p.batch < 8); }
 
   static void layout(const Backward& p, const Plan& plan, int64_t* bytes) {
-    constexpr auto size = static_cast<int64_t>(sizeof(T));
+    constexpr auto size = static_cast<int64_t>(sizeof(T)), narrow_size = static_cast<int64_t>(sizeof(Operand));
     // Unpacked, only a last block that is not whole has to be copied.
     if (needs_hidden(p)) {
       const int64_t columns = plan.packed ? padded<S>(p.hidden) : unit_vectors * S::lanes;
@@ -37,13 +39,14 @@ struct BackwardPass {
     }
     if (p.dx.data != nullptr) {
       const int64_t columns = plan.packed ? padded<S>(p.inputs) : unit_vectors * S::lanes;
-      bytes[kPackedInput] = size * packed_depth(gates * p.hidden) * columns;
+      bytes[kPackedInput] = narrow_size * packed_depth(gates * p.hidden) * columns;
       if (!kSame<T, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
     }
     bytes[kBias] = size * Cell::dgates * p.hidden;
     if (Cell::has_carry) bytes[kCell] = size * p.batch * padded<S>(p.hidden);
-    bytes[kGates0] = bytes[kGates1] = size * plan.chunk_rows * G::dgates_stride(p);
-    bytes[kPanels] = size * plan.threads * kDepth * kMaxVectors * S::lanes;
+    bytes[kGates0] = bytes[kGates1] = narrow_size * plan.chunk_rows * G::dgates_stride(p);
+    if (narrow_products) bytes[kPairs] = narrow_size * packed_depth(plan.chunk_rows) * G::dgates_stride(p);
+    bytes[kPanels] = narrow_size * plan.threads * kDepth * kMaxVectors * S::lanes;
     if (!kSame<T, E>) {
       if (p.dweight_ih.data != nullptr) bytes[kSumsInput] = size * gates * p.hidden * p.inputs;
       if (p.dweight_hh.data != nullptr) bytes[kSumsHidden] = size * gates * p.hidden * p.hidden;
@@ -55,7 +58,7 @@ struct BackwardPass {
       for (int64_t index = share.rank; index < blocks(p); index += share.size) {
         const Block b = block(p, index);
         if (narrow(p)) {
-          G::template pack<E>(p, p.weight_hh, b, hidden_panel<E>(p, plan, b));
+          G::template pack<E>(p, p.weight_hh, b, G::template packed_panel<E>(p, plan, kPackedHidden, b));
         } else if (!G::lies_ready(plan, b)) {
           G::template pack<T>(p, p.weight_hh, b, G::template packed_panel<T>(p, plan, kPackedHidden, b));
         }
@@ -65,7 +68,7 @@ struct BackwardPass {
       for (int64_t index = share.rank; index < G::input_blocks(p); index += share.size) {
         const Block b = G::input_block(p, index);
         if (!G::lies_ready(plan, b))
-          G::template pack<T>(p, p.weight_ih, b, G::template packed_panel<T>(p, plan, kPackedInput, b));
+          G::template pack<Operand>(p, p.weight_ih, b, G::template packed_panel<Operand>(p, plan, kPackedInput, b));
       }
     }
     if constexpr (Cell::has_carry) {
@@ -91,7 +94,7 @@ struct BackwardPass {
       const int64_t continuing = active_before < end ? active_before : end;
       const int64_t leaving = active_before < share.row_end ? active_before : share.row_end;
       // The dgates of the step before, of row 0.
-      const T* dgates = active_before == 0 ? nullptr : G::dgates_at(p, plan, i == 0 ? before : chunk, t_before);
+      const Operand* dgates = active_before == 0 ? nullptr : G::dgates_at(p, plan, i == 0 ? before : chunk, t_before);
       for (int64_t j = 0; j < own_blocks; ++j) {
         // To and fro, so that each step begins with the weights that the last one has left in the cache.
         const bool ascending = t % 2 == 0;
@@ -124,7 +127,7 @@ struct BackwardPass {
     const int64_t row_begin = share_of(p.batch, rank, size), row_end = share_of(p.batch, rank + 1, size);
     if (p.dh0.data != nullptr) {
       const int64_t active = active_rows(p, t), leaving = row_end < active ? row_end : active;
-      const T* dgates = G::dgates_at(p, plan, last, t);
+      const Operand* dgates = G::dgates_at(p, plan, last, t);
       for (int64_t index = 0; index < blocks(p) && row_begin < leaving; ++index) {
         leave(p, plan, block(p, index), row_begin, leaving, dgates);
       }
@@ -182,32 +185,28 @@ struct BackwardPass {
     int64_t first_stride;
     T* carry;
     int64_t carry_stride;
-    T* dgates;
+    Operand* dgates;
     int64_t dgates_stride;
   };
-  template <class P>
-  static P* hidden_panel(const Backward& p, const Plan& plan, const Block& b) {
-    return G::template packed_panel<P>(p, plan, kPackedHidden, b);
-  }
   // tile = dgates W_hh for a block of units.
-  static void recurrent_product(const Backward& p, const Plan& plan, const Block& b, const T* dgates,
+  static void recurrent_product(const Backward& p, const Plan& plan, const Block& b, const Operand* dgates,
                                 const Place& place, T* tile) {
     if (narrow(p)) {
-      const int width = b.vectors * S::lanes;
-      recurrent_product(p, Panel<E>{hidden_panel<E>(p, plan, b), width}, b, dgates, place, tile);
-    } else {
-      Panel<T> weights = G::panel(p, plan, p.weight_hh, kPackedHidden, b);
-      if (place.turn != 0)
-        weights.ahead = weights.data + place.turn * packed_depth(gates * p.hidden) * unit_vectors * S::lanes;
-      recurrent_product(p, weights, b, dgates, place, tile);
+      product_with<E>(p, plan, b, dgates, place, tile);
+    } else if constexpr (!narrow_products) {
+      product_with<T>(p, plan, b, dgates, place, tile);
     }
   }
+  // P: the type of the packed weights.
   template <class P>
-  static void recurrent_product(const Backward& p, Panel<P> weights, const Block& b, const T* dgates,
-                                const Place& place, T* tile) {
-    const auto tile_product = Products<S, T, P>::find(p.batch, b.vectors, place.rows);
+  static void product_with(const Backward& p, const Plan& plan, const Block& b, const Operand* dgates,
+                           const Place& place, T* tile) {
+    auto weights = G::template panel<P>(p, plan, p.weight_hh, kPackedHidden, b);
+    if (place.turn != 0)
+      weights.ahead = weights.data + place.turn * packed_depth(gates * p.hidden) * unit_vectors * S::lanes;
+    const auto tile_product = Products<S, Operand, P>::find(p.batch, b.vectors, place.rows);
     for (int i = 0; i < Cell::segments; ++i) {
-      const Left<T> left{dgates + Cell::segment[i].begin * p.hidden, G::dgates_stride(p), 1};
+      const Left<Operand> left{dgates + Cell::segment[i].begin * p.hidden, G::dgates_stride(p), 1};
       const int64_t depth = Cell::segment[i].length * p.hidden;
       tile_product(left, weights.for_tile(place.index, depth), depth, tile, b.vectors * S::lanes, i > 0);
       weights.data += depth * weights.stride;
@@ -217,7 +216,7 @@ struct BackwardPass {
 
   // `dgates`: of the step before, row 0; null: there is none, and ∂L/∂h_n takes the place of the product.
   static void one_tile(const Backward& p, const Plan& plan, const Chunk& chunk, const Place& place, const Block& b,
-                       const T* dgates) {
+                       const Operand* dgates) {
     alignas(64) T tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
     const int width = b.vectors * S::lanes;
     for (int m = 0; m < place.rows; ++m) {
@@ -231,7 +230,7 @@ struct BackwardPass {
         pack_row<S>(from, b, tile + m * width);
       }
     }
-    T* out = G::dgates_at(p, plan, chunk, place.t) + place.row * G::dgates_stride(p);
+    Operand* out = G::dgates_at(p, plan, chunk, place.t) + place.row * G::dgates_stride(p);
     for (int v = 0; v < b.vectors; ++v) {
       const int64_t unit = b.first + v * S::lanes;
       const Column column = column_of(p, plan, place, unit, out + unit);
@@ -248,7 +247,7 @@ struct BackwardPass {
     if constexpr (Cell::backward_reads_h) prefetch(p.y, flat, unit, sizeof(E));
   }
 
-  static Column column_of(const Backward& p, const Plan& plan, const Place& place, int64_t unit, T* dgates) {
+  static Column column_of(const Backward& p, const Plan& plan, const Place& place, int64_t unit, Operand* dgates) {
     const int64_t flat = p.offsets[place.t] + place.row, units = padded<S>(p.hidden);
     const int64_t t_prev = p.reverse ? place.t + 1 : place.t - 1;
     Column c{};
@@ -310,7 +309,8 @@ struct BackwardPass {
   }
 
   // ∂L/∂h0 of rows whose first step was the one that `dgates` (row 0) belong to.
-  static void leave(const Backward& p, const Plan& plan, const Block& b, int64_t first, int64_t end, const T* dgates) {
+  static void leave(const Backward& p, const Plan& plan, const Block& b, int64_t first, int64_t end,
+                    const Operand* dgates) {
     alignas(64) T tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
     const int width = b.vectors * S::lanes, tallest = Products<S, T, T>::rows(p.batch);
     while (first < end) {

@@ -19,10 +19,9 @@ struct ForwardPass {
   using V = typename S::Value;
   using Math = VectorMath<S>;
   static constexpr int gates = Cell::gates;
-  // Where the processor multiplies bfloat16 itself, h is rounded between steps, as y is, and x and weights stay narrow.
-  static constexpr bool narrow_products = !kSame<T, E> && S::has_pair_product;
-  using Operand = typename Either<narrow_products, E, T>::Type;
-  // A cell that adds to h itself then keeps it whole beside.
+  static constexpr bool narrow_products = kNarrowProducts<S, E>;
+  using Operand = OperandOf<S, E>;
+  // h is rounded between steps then, as y is: a cell that adds to h itself keeps it whole beside.
   static constexpr bool keeps_h = narrow_products && Cell::forward_reads_h_prev;
   // A tile is at most four vectors wide: the gates of one vector of units, or four vectors of units.
   static constexpr int unit_vectors = gates == 1 ? kMaxVectors : 1;

@@ -14,10 +14,12 @@ struct Gradients {
   using T = typename S::Scalar;
   using V = typename S::Value;
   static constexpr int gates = Cell::gates;
+  static constexpr bool narrow_products = kNarrowProducts<S, E>;
+  using Operand = OperandOf<S, E>;
 
   // A cache line more than a row needs: rows a power of two apart would fall upon one another in the caches.
   static int64_t dgates_stride(const Backward& p) {
-    return padded<S>(Cell::dgates * p.hidden) + 64 / static_cast<int64_t>(sizeof(T));
+    return padded<S>(Cell::dgates * p.hidden) + 64 / static_cast<int64_t>(sizeof(Operand));
   }
 
   static int64_t input_blocks(const Backward& p) { return ceil_div(p.inputs, kMaxVectors * S::lanes); }
@@ -31,19 +33,20 @@ struct Gradients {
   static P* packed_panel(const Backward& p, const Plan& plan, Region r, const Block& b) {
     return region<P>(plan, r) + (plan.packed ? packed_depth(gates * p.hidden) * b.first : 0);
   }
-  static Panel<T> panel(const Backward& p, const Plan& plan, const Matrix& weight, Region r, const Block& b) {
+  template <class P>
+  static Panel<P> panel(const Backward& p, const Plan& plan, const Matrix& weight, Region r, const Block& b) {
     if constexpr (kSame<T, E>) {
-      if (lies_ready(plan, b)) return {at<const T>(weight, 0, b.first), weight.stride};
+      if (lies_ready(plan, b)) return {at<const P>(weight, 0, b.first), weight.stride};
     }
-    return {packed_panel<T>(p, plan, r, b), b.vectors * S::lanes};
+    return {packed_panel<P>(p, plan, r, b), b.vectors * S::lanes};
   }
   template <class P>
   static void pack(const Backward& p, const Matrix& weight, const Block& b, P* to) {
     pack_by_column<S>(static_cast<const E*>(weight.data), weight.stride, gates * p.hidden, b, to);
   }
 
-  static T* dgates_at(const Backward& p, const Plan& plan, const Chunk& chunk, int64_t t) {
-    T* rows = region<T>(plan, chunk.index % 2 == 0 ? kGates0 : kGates1);
+  static Operand* dgates_at(const Backward& p, const Plan& plan, const Chunk& chunk, int64_t t) {
+    Operand* rows = region<Operand>(plan, chunk.index % 2 == 0 ? kGates0 : kGates1);
     return rows + (p.offsets[t] - p.offsets[chunk.first]) * dgates_stride(p);
   }
 
@@ -56,11 +59,12 @@ struct Gradients {
   static void products(const Backward& p, const Plan& plan, const Chunk& chunk, const Share& share) {
     const int rank = share.rank, size = share.size;
     const int64_t rows = chunk_rows(p, chunk);
-    const T* dgates = dgates_at(p, plan, chunk, chunk.first);
+    const Operand* dgates = dgates_at(p, plan, chunk, chunk.first);
     if (p.dx.data != nullptr) {
       input_gradient(p, plan, chunk, dgates, share_of(rows, rank, size), share_of(rows, rank + 1, size));
     }
     const bool again = chunk.index > 0;
+    if constexpr (narrow_products) pair_rows(p, plan, dgates, rows, rank, size);
     if (p.dweight_ih.data != nullptr) {
       const auto source = [&](const Cursor& at_row) { return at<const E>(p.x, at_row.flat, 0); };
       weight_gradient(p, plan, chunk, dgates, source, p.inputs, false,
@@ -103,8 +107,8 @@ struct Gradients {
   };
 
   // dx = dgates W_ih for rows begin … end − 1 of the chunk.
-  static void input_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const T* dgates, int64_t begin,
-                             int64_t end) {
+  static void input_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
+                             int64_t begin, int64_t end) {
     if (begin == end) return;
     const int64_t flat = p.offsets[chunk.first] + begin;
     Sums out{nullptr, 0, p.add_to_dx};
@@ -116,16 +120,16 @@ struct Gradients {
       out.data = region<T>(plan, kRows) + begin * out.stride;
       out.again = false;
     }
-    const T* left = dgates + begin * dgates_stride(p);
+    const Operand* left = dgates + begin * dgates_stride(p);
     for (int64_t index = 0; index < input_blocks(p); ++index) {
       const Block b = input_block(p, index);
-      const Panel<T> weights = panel(p, plan, p.weight_ih, kPackedInput, b);
+      const auto weights = panel<Operand>(p, plan, p.weight_ih, kPackedInput, b);
       for (int64_t k = 0; k < gates * p.hidden; k += kDepth) {
         const int64_t depth = gates * p.hidden - k < kDepth ? gates * p.hidden - k : kDepth;
-        multiply<S>(Left<T>{left + k, dgates_stride(p), 1}, end - begin, chunk_rows(p, chunk),
+        multiply<S>(Left<Operand>{left + k, dgates_stride(p), 1}, end - begin, chunk_rows(p, chunk),
                     // The next panel lies behind this one, where they are packed.
-                    Panel<T>{weights.data + k * weights.stride, weights.stride,
-                             plan.packed ? weights.data + (k + depth) * weights.stride : nullptr},
+                    Panel<Operand>{weights.data + k * weights.stride, weights.stride,
+                                   plan.packed ? weights.data + (k + depth) * weights.stride : nullptr},
                     b.present, depth, out.data + b.first, out.stride, out.again || k > 0);
       }
     }
@@ -143,14 +147,61 @@ struct Gradients {
     return kSame<T, E> ? gradient.stride : columns;
   }
 
+  // Rows begin … end − 1 of dW, with the columns of dgates that are theirs: fn(first row, last row + 1, first column).
+  template <class Fn>
+  static void for_each_stretch(const Backward& p, bool recurrent, int64_t begin, int64_t end, const Fn& fn) {
+    int64_t row = 0;
+    for (int i = 0; i < (recurrent ? Cell::segments : 1); ++i) {
+      const int64_t column = recurrent ? Cell::segment[i].begin * p.hidden : 0;
+      const int64_t length = (recurrent ? Cell::segment[i].length : gates) * p.hidden;
+      const int64_t first = begin > row ? begin : row, last = end < row + length ? end : row + length;
+      if (first < last) fn(first, last, column + first - row);
+      row += length;
+    }
+  }
+
+  // Pairs of rows of dgates side by side, as dW's sums over rows want them: the columns of a thread's rows of dW, and
+  // not an element of another thread's.
+  static void pair_rows(const Backward& p, const Plan& plan, const Operand* dgates, int64_t rows, int rank, int size) {
+    const int64_t begin = share_of(gates * p.hidden, rank, size), end = share_of(gates * p.hidden, rank + 1, size);
+    const auto pair = [&](int64_t first, int64_t last, int64_t column) {
+      const int64_t count = last - first, whole = count - count % S::lanes;
+      for (int64_t row = 0; row < rows; row += 2) {
+        const Operand* even = dgates + row * dgates_stride(p) + column;
+        const Operand* odd = row + 1 < rows ? even + dgates_stride(p) : nullptr;
+        Operand* to = region<Operand>(plan, kPairs) + row * dgates_stride(p) + 2 * column;
+        pack_row_pair<S>(even, odd, Block{0, static_cast<int>(whole / S::lanes), static_cast<int>(whole)}, to);
+        for (int64_t i = whole; i < count; ++i) {
+          to[2 * i] = even[i];
+          to[2 * i + 1] = odd == nullptr ? Operand{} : odd[i];
+        }
+      }
+    };
+    pair(begin, end, begin);
+    for_each_stretch(p, true, begin, end, [&](int64_t first, int64_t last, int64_t column) {
+      if (column != first) pair(first, last, column);
+    });
+  }
+
+  // Those columns as the left operand: element [column, row].
+  static Left<Operand> transposed(const Backward& p, const Plan& plan, const Operand* dgates, int64_t row,
+                                  int64_t column) {
+    const int64_t at_row = row * dgates_stride(p);
+    if constexpr (narrow_products) {
+      return {region<Operand>(plan, kPairs) + at_row + 2 * column, 2, dgates_stride(p)};
+    } else {
+      return {dgates + at_row + column, 1, dgates_stride(p)};
+    }
+  }
+
   // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, or null for zeros. Each thread has a share
   // of the rows of dW, and packs all rows of the source for itself.
   template <class Source>
-  static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const T* dgates,
+  static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
                               const Source& source, int64_t columns, bool recurrent, const Sums& out, int rank,
                               int size) {
     const int64_t begin = share_of(gates * p.hidden, rank, size), end = share_of(gates * p.hidden, rank + 1, size);
-    T* packed = region<T>(plan, kPanels) + rank * kDepth * kMaxVectors * S::lanes;
+    auto* packed = region<Operand>(plan, kPanels) + rank * kDepth * kMaxVectors * S::lanes;
     const int64_t rows = chunk_rows(p, chunk);
     Cursor start{p.offsets[chunk.first], chunk.first, 0};
     for (int64_t k = 0; k < rows; k += kDepth) {
@@ -160,35 +211,37 @@ struct Gradients {
         const Block b = block_at<S>(columns, kMaxVectors, index);
         const int width = b.vectors * S::lanes;
         after = start;
-        for (int64_t i = 0; i < depth; ++i) {
+        const auto next = [&] {
           const E* from = source(after);
-          pack_row<S>(from == nullptr ? nullptr : from + b.first, b, packed + i * width);
           ++after.flat;
           if (++after.row == active_rows(p, after.t)) {
             ++after.t;
             after.row = 0;
           }
-        }
-        // The rows of dW, with the columns of dgates that are theirs.
-        int64_t row = 0;
-        for (int i = 0; i < (recurrent ? Cell::segments : 1); ++i) {
-          const int64_t column = recurrent ? Cell::segment[i].begin * p.hidden : 0;
-          const int64_t length = (recurrent ? Cell::segment[i].length : gates) * p.hidden;
-          const int64_t first = begin > row ? begin : row, last = end < row + length ? end : row + length;
-          if (first < last) {
-            multiply<S>(Left<T>{dgates + k * dgates_stride(p) + column + first - row, 1, dgates_stride(p)},
-                        last - first, gates * p.hidden, Panel<T>{packed, width}, b.present, depth,
-                        out.data + first * out.stride + b.first, out.stride, out.again || k > 0);
+          return from == nullptr ? nullptr : from + b.first;
+        };
+        for (int64_t i = 0; i < depth; ++i) {
+          if constexpr (narrow_products) {
+            const E* even = next();
+            pack_row_pair<S>(even, i + 1 < depth ? next() : nullptr, b, packed + i * width);
+            ++i;
+          } else {
+            pack_row<S>(next(), b, packed + i * width);
           }
-          row += length;
         }
+        for_each_stretch(p, recurrent, begin, end, [&](int64_t first, int64_t last, int64_t column) {
+          multiply<S>(transposed(p, plan, dgates, k, column), last - first, gates * p.hidden,
+                      Panel<Operand>{packed, width}, b.present, depth, out.data + first * out.stride + b.first,
+                      out.stride, out.again || k > 0);
+        });
       }
       start = after;
     }
   }
 
   // sums[column] (+)= Σ over rows, for columns begin … end − 1.
-  static void add_up(const T* rows, int64_t stride, int64_t count, int64_t begin, int64_t end, bool again, T* sums) {
+  static void add_up(const Operand* rows, int64_t stride, int64_t count, int64_t begin, int64_t end, bool again,
+                     T* sums) {
     for (int64_t column = begin; column < end; column += S::lanes) {
       with_lanes<S>(end - column, [&](const auto& lanes) {
         V total{};

@@ -18,6 +18,7 @@ enum Region {
   kCell,
   kGates0,  // rows of one chunk, forward: the input's product; backward: dgates, by turns
   kGates1,
+  kPairs,      // dgates of one chunk with pairs of rows side by side, where the products want pairs
   kRows,       // rows of one chunk of x or dx, [chunk, I], where they have to be converted
   kPanels,     // one panel for each thread
   kSumsInput,  // dW_ih and dW_hh before they are rounded

@@ -63,6 +63,13 @@ struct Either<false, A, B> {
   using Type = B;
 };
 
+// Where the processor multiplies bfloat16 itself, the operands of all products are as narrow as they are in memory:
+// weights and x as they come, states and dgates rounded.
+template <class S, class E>
+inline constexpr bool kNarrowProducts = !kSame<typename S::Scalar, E> && S::has_pair_product;
+template <class S, class E>
+using OperandOf = typename Either<kNarrowProducts<S, E>, E, typename S::Scalar>::Type;
+
 template <class S>
 int64_t padded(int64_t count) {
   return ceil_div(count, S::lanes) * S::lanes;

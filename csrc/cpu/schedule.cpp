@@ -49,13 +49,16 @@ constexpr int64_t kLargeWeights = 192 << 10, kFewRows = 16;
 constexpr size_t kLargePage = size_t{2} << 20;
 
 // Large memory comes fresh from the system, page by page at the first touch: large pages are fewer. A wish only;
-// refusal is no error.
+// refusal is no error. Granted ones are touched here, by one thread: two that find the same one untouched may wait for
+// each other fifty times as long as it takes to clear it.
 void wish_for_large_pages(void* data, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   const auto address = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage;
   const uintptr_t end = (address + bytes) / kLargePage * kLargePage;
-  if (data != nullptr && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (data == nullptr || begin >= end) return;
+  if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) != 0) return;
+  for (uintptr_t page = begin; page < end; page += kLargePage) *reinterpret_cast<volatile std::byte*>(page) = {};
 #else
   static_cast<void>(data), static_cast<void>(bytes);
 #endif

@@ -73,30 +73,38 @@ void pack_by_unit(const E* weight, int64_t stride, int gates, int64_t hidden, in
   }
 }
 
+// The vector at column i of a row that has `present` columns, or none: zeros where there is nothing.
+template <class S, class E>
+typename S::Value load_present(const E* from, int present, int i) {
+  if (from == nullptr || i >= present) return typename S::Value{};
+  return present - i >= S::lanes ? S::load(from + i) : S::load_part(from + i, present - i);
+}
+
 // One k of a panel by column, from the row of a matrix; all zeros where there is none.
 template <class S, class E>
 void pack_row(const E* from, const Block& block, typename S::Scalar* to) {
-  const int width = block.vectors * S::lanes;
-  const int present = from == nullptr ? 0 : block.present;
-  int i = 0;
-  for (; i + S::lanes <= present; i += S::lanes) S::store(to + i, S::load(from + i));
-  if (i < present) {
-    S::store(to + i, S::load_part(from + i, present - i));
-    i += S::lanes;
+  for (int i = 0; i < block.vectors * S::lanes; i += S::lanes)
+    S::store(to + i, load_present<S>(from, block.present, i));
+}
+
+// Two of them as pairs.
+template <class S>
+void pack_row_pair(const Bf16* even, const Bf16* odd, const Block& block, Bf16* to) {
+  for (int i = 0; i < block.vectors * S::lanes; i += S::lanes) {
+    S::store_pairs(to + 2 * i, load_present<S>(even, block.present, i), load_present<S>(odd, block.present, i));
   }
-  for (; i < width; i += S::lanes) S::store(to + i, typename S::Value{});
 }
 
 template <class S, class P, class E>
 void pack_by_column(const E* weight, int64_t stride, int64_t depth, const Block& block, P* panel) {
   const int width = block.vectors * S::lanes;
-  for (int64_t k = 0; k < depth; ++k) {
-    const E* from = weight + k * stride + block.first;
-    if constexpr (sizeof(P) == sizeof(typename S::Scalar)) {
-      pack_row<S>(from, block, panel + k * width);
-    } else {
-      P* to = panel + (k - k % 2) * width + k % 2;
-      for (int i = 0; i < width; ++i) to[2 * i] = i < block.present ? from[i] : P{};
+  const E* from = weight + block.first;
+  if constexpr (sizeof(P) == sizeof(typename S::Scalar)) {
+    for (int64_t k = 0; k < depth; ++k) pack_row<S>(from + k * stride, block, panel + k * width);
+  } else {
+    for (int64_t k = 0; k < depth; k += 2) {
+      const E* even = from + k * stride;
+      pack_row_pair<S>(even, k + 1 < depth ? even + stride : nullptr, block, panel + k * width);
     }
   }
 }
