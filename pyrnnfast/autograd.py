@@ -99,6 +99,12 @@ class _Step(torch.autograd.Function):
         return None, found.x, found.h0, found.c0, *found.weights
 
 
+# Function.apply first looks for functorch's transforms and wrappers, and for default arguments. Here are none
+# (obstacles.py), and a single step would feel it.
+_apply_layer = super(torch.autograd.Function, _Layer).apply
+_apply_step = super(torch.autograd.Function, _Step).apply
+
+
 def _differentiable_backward(
     cell: str,
     needs: Sequence[bool],
@@ -144,7 +150,7 @@ def layer(
     Arguments and first results as of :func:`pyrnnfast.passes.forward`.
     """
     if _differentiable(x, h0, c0, *weights):
-        y, h_n, *c_n = _Layer.apply(cell, x, batch_sizes, h0, c0, *weights)
+        y, h_n, *c_n = _apply_layer(cell, x, batch_sizes, h0, c0, *weights)
         return y, h_n, c_n[0] if c_n else None
     return forward(cell, x, batch_sizes, h0, c0, weights, keep=False)[:3]
 
@@ -157,6 +163,6 @@ def step(
     Arguments as of :func:`pyrnnfast.passes.forward_step`; returns h, or h and c for the LSTM.
     """
     if _differentiable(x, h0, c0, *weights):
-        return _Step.apply(cell, x, h0, c0, *weights)  # type: ignore[no-any-return]
+        return _apply_step(cell, x, h0, c0, *weights)  # type: ignore[no-any-return]
     h, c, _ = forward_step(cell, x, h0, c0, weights, keep=False)
     return h if c is None else (h, c)

@@ -2,227 +2,20 @@
 
 ``rnn``, ``gru``, ``lstm`` and the cells take the arguments that torch.nn's modules hold, weights in the modules' order.
 What the kernels do not serve, bad input included, goes to torch, which computes it or raises with its own words:
-:func:`obstacle` says why, before anything is done.
+:mod:`pyrnnfast.obstacles` says why, before anything is done.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cpu, autograd, passes
-
-Hidden = Tensor | tuple[Tensor, Tensor] | None
-"""``h0``, or ``(h0, c0)`` for the LSTM, each [layers·D, B, H], or [layers·D, H] unbatched; None: zeros."""
+from . import _cpu, autograd, obstacles
+from .obstacles import PLAIN, Hidden, Spec
 
 Result = tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]
-
-_SERVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-class Spec(NamedTuple):
-    """What a recurrent module is, apart from its weights. ``cell`` as in :data:`pyrnnfast.reference.STEPS`."""
-
-    cell: str
-    input_size: int
-    hidden_size: int
-    num_layers: int = 1
-    bias: bool = True
-    batch_first: bool = False
-    dropout: float = 0.0
-    training: bool = False
-    bidirectional: bool = False
-    proj_size: int = 0
-    single_step: bool = False  # a cell module, whose input has no time dimension
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @property
-    def per_direction(self) -> int:
-        """Weights of one direction of one layer."""
-        return 4 if self.bias else 2
-
-
-def _recording_obstacle() -> str | None:
-    """Why not, from the state of torch: what must see torch's own operators, over tensors that may have no values."""
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit is tracing"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active"
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return "a torch dispatch mode is active"
-    return None
-
-
-def _mode_obstacle() -> str | None:
-    """Why not, from the state of torch: modes with other rules for dtypes and derivatives."""
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    return None
-
-
-def _plain(tensor: Any, dtype: torch.dtype) -> bool:
-    """Whether a kernel can read the tensor: asked of each operand at every call, so it has to be quick."""
-    return (
-        type(tensor) in _PLAIN
-        and tensor.is_cpu
-        and tensor.dtype is dtype
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-    )
-
-
-def _tensor_obstacle(name: str, tensor: Any, dtype: torch.dtype) -> str:
-    """Why a tensor is not plain."""
-    if type(tensor) not in _PLAIN:
-        return f"{name} is {'a' if isinstance(tensor, Tensor) else 'no tensor but a'} {type(tensor).__name__}"
-    if not tensor.is_cpu:
-        return f"{name} is on {tensor.device}"
-    if tensor.dtype is not dtype:
-        return f"{name} is {tensor.dtype}, where {dtype} is the dtype of the weights"
-    if tensor.layout is not torch.strided:
-        return f"{name} has the layout {tensor.layout}"
-    return f"{name} is a lazily negated view"
-
-
-def _weights_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
-    if not weights or not isinstance(weights[0], Tensor):
-        return "there are no weights"
-    shapes = _weight_shapes(*spec[:4], spec.bias, spec.directions)
-    if _cpu.agree(_PLAIN, tuple(weights), shapes):
-        return None
-    dtype = weights[0].dtype
-    if dtype not in _SERVED_DTYPES:
-        return f"the kernels serve float32, float64 and bfloat16, not {dtype}"
-    for weight in weights:
-        if not _plain(weight, dtype):
-            return _tensor_obstacle("a weight", weight, dtype)
-    return _shapes_obstacle(spec, weights)
-
-
-def _shapes_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
-    shapes = _weight_shapes(*spec[:4], spec.bias, spec.directions)
-    if len(weights) != len(shapes):
-        return f"{len(shapes)} weights are expected, got {len(weights)}"
-    for weight, expected in zip(weights, shapes, strict=True):
-        if weight.shape != expected:
-            return f"a weight has the shape {list(weight.shape)}, where {list(expected)} is expected"
-    return None
-
-
-@functools.lru_cache(maxsize=64)
-def _weight_shapes(
-    cell: str, inputs: int, hidden: int, layers: int, bias: bool, directions: int
-) -> tuple[tuple[int, ...], ...]:
-    rows = passes.CELLS[cell].gates * hidden
-    shapes: list[tuple[int, ...]] = []
-    for _ in range(layers):
-        shapes += ((rows, inputs), (rows, hidden), (rows,), (rows,))[: 4 if bias else 2] * directions
-        inputs = hidden * directions
-    return tuple(shapes)
-
-
-def obstacle(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequence[Tensor]) -> str | None:
-    """Why our kernels do not serve this call, or None when they do.
-
-    Raises:
-        ValueError: the ``batch_sizes`` of packed input do not describe its data. Not left to torch, which may crash.
-    """
-    reason = _recording_obstacle()
-    if reason is not None:
-        return reason
-    packed = isinstance(input, PackedSequence) and not spec.single_step
-    if packed:
-        _cpu.check_batch_sizes(input.batch_sizes, input.data.shape[0])  # type: ignore[union-attr]
-    if spec.cell not in passes.CELLS:
-        return f"there is no kernel for the cell {spec.cell!r}"
-    reason = _mode_obstacle() or (
-        "a projection (proj_size) is left to torch" if spec.proj_size else _weights_obstacle(spec, weights)
-    )
-    if reason is not None:
-        return reason
-    data = input.data if packed else input
-    dtype = weights[0].dtype
-    if not _plain(data, dtype):
-        return _tensor_obstacle("the input", data, dtype)
-    assert isinstance(data, Tensor)
-    time_dimensions = 0 if spec.single_step else 1
-    if packed:
-        if data.dim() != 2:
-            return f"packed data has {data.dim()} dimensions"
-        order = input.sorted_indices  # type: ignore[union-attr]
-        if order is not None and order.shape != (int(input.batch_sizes[0]),):  # type: ignore[union-attr]
-            return "sorted_indices do not fit the batch"
-    elif data.dim() not in (time_dimensions + 1, time_dimensions + 2):
-        return f"the input has {data.dim()} dimensions"
-    if data.shape[-1] != spec.input_size:
-        return f"the input has {data.shape[-1]} features, where {spec.input_size} are expected"
-    if data.numel() == 0:
-        return "the input is empty"
-    if hx is None:
-        return None
-    states: Sequence[object] = (hx,)
-    if spec.cell == "lstm":
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            return "hx is no pair (h0, c0)"
-        states = hx
-    expected = state_shape(spec, input)
-    for state in states:
-        if not _plain(state, dtype):
-            return _tensor_obstacle("hx", state, dtype)
-        assert isinstance(state, Tensor)
-        if state.shape != expected:
-            return f"hx has the shape {list(state.shape)}, where {list(expected)} is expected"
-    return None
-
-
-def state_shape(spec: Spec, input: Tensor | PackedSequence) -> tuple[int, ...]:
-    """The shape that h0 and c0 must have with this input."""
-    lead = () if spec.single_step else (spec.num_layers * spec.directions,)
-    if isinstance(input, PackedSequence):
-        return (*lead, int(input.batch_sizes[0]), spec.hidden_size)
-    if input.dim() == (1 if spec.single_step else 2):
-        return (*lead, spec.hidden_size)
-    batch = input.shape[0] if spec.single_step or spec.batch_first else input.shape[1]
-    return (*lead, batch, spec.hidden_size)
-
-
-def _guard(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> None:
-    """Raises for a call that torch's own operators would answer by a crash, or from memory that is not theirs.
-
-    Raises:
-        TypeError: an LSTM cell's ``hx`` is no pair.
-        RuntimeError: a packed LSTM's ``hx`` is not three-dimensional; an LSTM's weights do not fit its sizes.
-    """
-    if spec.cell != "lstm" or _recording_obstacle() is not None:
-        return
-    pair = isinstance(hx, (tuple, list)) and len(hx) == 2
-    if spec.single_step:
-        if hx is not None and not pair:
-            raise TypeError(f"LSTMCell: Expected hx to be a pair (h_0, c_0) of tensors, got {type(hx).__name__}")
-        return
-    if isinstance(input, PackedSequence) and pair:
-        for k, state in enumerate(hx):
-            if isinstance(state, Tensor) and state.dim() != 3:
-                expected = state_shape(spec, input)
-                raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {list(state.shape)}")
-    if spec.proj_size or not isinstance(input, (Tensor, PackedSequence)):
-        return
-    # Other dtypes torch does notice.
-    if all(isinstance(weight, Tensor) and weight.dtype is input.data.dtype for weight in weights):
-        reason = _shapes_obstacle(spec, weights)
-        if reason is not None:
-            raise RuntimeError(f"LSTM: {reason}")
 
 
 def infer(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
@@ -234,15 +27,15 @@ def infer(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, wei
     Returns:
         What :func:`call` would, or None where the call is not as plain as that: then :func:`call` knows what to do.
     """
-    if torch.is_grad_enabled() or _recording_obstacle() is not None or _mode_obstacle() is not None:
+    if torch.is_grad_enabled() or obstacles.recording_obstacle() is not None or obstacles.mode_obstacle() is not None:
         return None
-    return _cpu.infer(_PLAIN, cell, input_size, hidden_size, input, hx, tuple(weights), torch.get_num_threads())
+    return _cpu.infer(PLAIN, cell, input_size, hidden_size, input, hx, tuple(weights), torch.get_num_threads())
 
 
 def call(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], otherwise: Callable[[Any, Any], Any]) -> Any:
     """The call on our kernels, or, where they do not serve it, ``otherwise(input, hx)``: torch's own way to do it."""
-    if obstacle(spec, input, hx, weights) is not None:
-        _guard(spec, input, hx, weights)
+    if obstacles.obstacle(spec, input, hx, weights) is not None:
+        obstacles.guard(spec, input, hx, weights)
         return otherwise(input, hx)
     return _run_step(spec, input, hx, weights) if spec.single_step else _run(spec, input, hx, weights)
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional
-from .functional import Spec
+from . import functional, obstacles
+from .obstacles import Spec
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -155,7 +155,7 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         ValueError: the ``batch_sizes`` of packed input do not describe its data.
     """
     if isinstance(module, (_Layers, _Cells)):
-        reason = functional.obstacle(module._spec(), input, hx, module._weights())
+        reason = obstacles.obstacle(module._spec(), input, hx, module._weights())
         return Explanation("fused", "served by pyrnnfast._cpu") if reason is None else Explanation("torch", reason)
     if isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         return Explanation("torch", f"{type(module).__name__} is torch's own; pyrnnfast.replace(model) swaps it")

@@ -327,6 +327,21 @@ def test_bad_input_is_explained(x: Any, hx: Any, word: str) -> None:
     assert word in explained(pyrnnfast.GRU(3, 4), x, hx)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+def test_what_escaped_from_a_transform_is_left_to_torch(single_step: bool, grad: bool) -> None:
+    """Such a tensor looks like any other, but has no memory of its own."""
+    case = Case("gru", single_step=single_step)
+    module = case.module(pyrnnfast)
+    x = case.operands()[0].detach()
+    escaped: list[Tensor] = []
+    torch.func.grad(lambda t: (escaped.append(t), t.sum())[1])(x)
+    assert "memory" in explained(module, escaped[0])
+    with torch.set_grad_enabled(grad):
+        found, expected = module(escaped[0]), module(x)
+    torch.testing.assert_close(found, expected)
+
+
 def test_subclasses_of_tensor_are_left_to_torch() -> None:
     class Marked(Tensor):
         pass
