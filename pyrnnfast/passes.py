@@ -130,22 +130,15 @@ def _forward(
 
 
 def _room_to_keep(cell: Cell, x: Tensor, hidden: int) -> tuple[Tensor | None, Tensor | None]:
-    rows = x.shape[:-1].numel()
+    rows, columns = x.shape[:-1].numel(), cell.saved * hidden
     if not cell.has_cell:
-        return x.new_empty(rows, cell.saved * hidden) if cell.saved else None, None
-    columns = [cell.saved * hidden, hidden]
-    together = rows * sum(columns) * x.element_size() <= _LARGEST_HEAP_BLOCK
-    if x.dtype is torch.bfloat16 or not together:  # the cell state stays in float32
-        cells_dtype = torch.float32 if x.dtype is torch.bfloat16 else x.dtype
-        return x.new_empty(rows, columns[0]), x.new_empty(rows, columns[1], dtype=cells_dtype)
-    # One block: glibc keeps twice as much free memory as the largest block that it has seen, and gives the rest back to
-    # the system. A training step's memory then just fits, where it would come fresh, page by page, at every step.
-    gates, cells = x.new_empty(rows, sum(columns)).split(columns, 1)
+        return x.new_empty(rows, columns) if columns else None, None
+    if x.dtype is torch.bfloat16:  # the cell state stays in float32
+        return x.new_empty(rows, columns), x.new_empty(rows, hidden, dtype=torch.float32)
+    # One block: glibc keeps twice as much free memory as the largest block that it has seen, up to 32 MB, and gives the
+    # rest back to the system, so that it comes fresh, page by page, at every step. The fewer blocks the better.
+    gates, cells = x.new_empty(rows, columns + hidden).split([columns, hidden], 1)
     return gates, cells
-
-
-# What is larger never stays with glibc.
-_LARGEST_HEAP_BLOCK = 32 << 20
 
 
 class Gradients(NamedTuple):

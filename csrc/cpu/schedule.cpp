@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <new>
@@ -47,10 +48,12 @@ constexpr int64_t kRowsPerThread = 4;
 constexpr int64_t kLargeWeights = 192 << 10, kFewRows = 16;
 
 constexpr size_t kLargePage = size_t{2} << 20;
+// What is larger, no allocator of torch's keeps for the next call (glibc's largest threshold).
+constexpr size_t kNeverKept = size_t{32} << 20;
 
 // Large memory comes fresh from the system, page by page at the first touch: large pages are fewer. A wish only;
-// refusal is no error. Granted ones are touched here, by one thread: two that find the same one untouched may wait for
-// each other fifty times as long as it takes to clear it.
+// refusal is no error. Granted ones are touched here, without a change to what stands there, and by one thread: two
+// that find the same one untouched may wait for each other fifty times as long as it takes to clear it.
 void wish_for_large_pages(void* data, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   const auto address = reinterpret_cast<uintptr_t>(data);
@@ -58,7 +61,9 @@ void wish_for_large_pages(void* data, size_t bytes) {
   const uintptr_t end = (address + bytes) / kLargePage * kLargePage;
   if (data == nullptr || begin >= end) return;
   if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) != 0) return;
-  for (uintptr_t page = begin; page < end; page += kLargePage) *reinterpret_cast<volatile std::byte*>(page) = {};
+  for (uintptr_t page = begin; page < end; page += kLargePage) {
+    __atomic_fetch_or(reinterpret_cast<unsigned char*>(page), 0, __ATOMIC_RELAXED);
+  }
 #else
   static_cast<void>(data), static_cast<void>(bytes);
 #endif
@@ -155,12 +160,17 @@ template <>
 struct Order<Forward> {
   static constexpr bool products_first = true;
   static bool descending(const Forward& p) { return p.reverse; }
+  // Those results that have a row for each row of the data.
+  static std::array<Matrix, 3> results(const Forward& p) { return {p.y, p.saved, p.cells}; }
 };
 template <>
 struct Order<Backward> {
   static constexpr bool products_first = false;
   static bool descending(const Backward& p) { return !p.reverse; }
+  static std::array<Matrix, 1> results(const Backward& p) { return {p.dx}; }
 };
+
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 int64_t gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
 
@@ -267,6 +277,10 @@ void run_kernel(const P& p, const Kernel<P>& kernel, int threads) {
       static_cast<double>(rows) * static_cast<double>(p.hidden) *
       (2.0 * static_cast<double>(gates_of(p.cell)) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
   if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
+  for (const Matrix& result : Order<P>::results(p)) {
+    const auto bytes = static_cast<size_t>(rows * result.stride * bytes_of(p.dtype));
+    if (bytes > kNeverKept) wish_for_large_pages(result.data, bytes);
+  }
   Plan plan = make_plan(p);
   // A chunk has at least one step.
   plan.chunk_rows = std::min(rows, std::max(plan.chunk_rows, p.batch));
