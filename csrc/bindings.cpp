@@ -43,9 +43,9 @@ void forward(const py::args& args, const py::kwargs& kwargs) {
 }
 
 void backward(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"cell", "x",        "h0",          "c0",       "weights", "y",
-                                                 "kept", "grad_y",   "grad_h_n",    "grad_c_n", "dx",      "dh0",
-                                                 "dc0",  "dweights", "batch_sizes", "threads"};
+  static const std::vector<const char*> names = {"cell", "x",      "h0",       "c0",       "weights",     "y",
+                                                 "kept", "grad_y", "grad_h_n", "grad_c_n", "grad_cells",  "dx",
+                                                 "dh0",  "dc0",    "dweights", "dgates",   "batch_sizes", "threads"};
   const Arguments arguments("backward", names, args, kwargs);
   const auto tensor = [&](size_t i) { return read_tensor(arguments[i], names[i]); };
   BackwardOperands o;
@@ -54,12 +54,14 @@ void backward(const py::args& args, const py::kwargs& kwargs) {
   o.grad_y = tensor(7);
   o.grad_h_n = tensor(8);
   o.grad_c_n = tensor(9);
-  o.dx = tensor(10);
-  o.dh0 = tensor(11);
-  o.dc0 = tensor(12);
-  o.dweights = read_tensors(arguments[13], names[13]);
-  o.batch_sizes = tensor(14);
-  const int threads = check_threads(arguments.integer(15));
+  o.grad_cells = tensor(10);
+  o.dx = tensor(11);
+  o.dh0 = tensor(12);
+  o.dc0 = tensor(13);
+  o.dweights = read_tensors(arguments[14], names[14]);
+  o.dgates = tensor(15);
+  o.batch_sizes = tensor(16);
+  const int threads = check_threads(arguments.integer(17));
   run_without_gil(check_backward(arguments.text(0), o), threads);
 }
 

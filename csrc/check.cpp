@@ -23,12 +23,12 @@ CellKind parse_cell(const std::string& name) {
 
 // Columns of each operand in units of H; 0 or false: the cell has no such operand.
 struct Widths {
-  int64_t gates, saved;
+  int64_t gates, saved, dgates;
   bool cell;
 };
 
 template <class Cell>
-constexpr Widths widths{Cell::gates, Cell::saved, Cell::has_cell};
+constexpr Widths widths{Cell::gates, Cell::saved, Cell::dgates, Cell::has_cell};
 
 const Widths& widths_of(CellKind cell) {
   switch (cell) {
@@ -299,6 +299,9 @@ Checked<Backward> check_backward(const std::string& cell, const BackwardOperands
     p.grad_y = door.columns_from(door.matrix(o.grad_y, "grad_y", N, D * H, Need::optional), d * H);
     p.grad_h_n = door.of_direction(o.grad_h_n, "grad_h_n", d, D, B, H, Need::optional);
     p.grad_c_n = door.of_direction(o.grad_c_n, "grad_c_n", d, D, B, H, when(w.cell, Need::optional));
+    const Door cells_door = door_of_cells(o.x);
+    const Need of_cells = when(w.cell, Need::optional);
+    p.grad_cells = cells_door.columns_from(cells_door.matrix(o.grad_cells, "grad_cells", N, D * H, of_cells), d * H);
     p.dx = door.matrix(o.dx, "dx", N, I, Need::optional);
     p.add_to_dx = d > 0;
     const auto gradient = [&](int i) -> const Operand& { return o.dweights[static_cast<size_t>(4 * d + i)]; };
@@ -306,6 +309,8 @@ Checked<Backward> check_backward(const std::string& cell, const BackwardOperands
     p.dweight_hh = door.matrix(gradient(1), "dweight_hh", w.gates * H, H, Need::optional);
     p.dbias_ih = door.matrix(gradient(2), "dbias_ih", 1, w.gates * H, Need::optional);
     p.dbias_hh = door.matrix(gradient(3), "dbias_hh", 1, w.gates * H, Need::optional);
+    p.dgates =
+        door.columns_from(door.matrix(o.dgates, "dgates", N, D * w.dgates * H, Need::optional), d * w.dgates * H);
     p.dh0 = door.of_direction(o.dh0, "dh0", d, D, B, H, Need::optional);
     p.dc0 = door.of_direction(o.dc0, "dc0", d, D, B, H, when(w.cell, Need::optional));
   });

@@ -36,8 +36,10 @@ struct ForwardOperands : LayerOperands {
 };
 struct BackwardOperands : LayerOperands {
   Operand grad_y, grad_h_n, grad_c_n;  // as y, h0
+  Operand grad_cells;                  // as y
   Operand dx, dh0, dc0;                // as x, h0
   std::vector<Operand> dweights;       // as weights
+  Operand dgates;                      // as y, with D·P·H columns
 };
 
 // The problem of each direction, and the memory that they point into.

@@ -52,11 +52,13 @@ struct Forward : Problem {
 struct Backward : Problem {
   Matrix grad_y;                  // [N, H], absent: zeros
   Matrix grad_h_n, grad_c_n;      // [B, H], absent: zeros
+  Matrix grad_cells;              // [N, H] (LSTM), absent: zeros; of the type of cells
   Matrix dx;                      // [N, I], out
   bool add_to_dx = false;         // to what is there already, of the other direction
   Matrix dweight_ih, dweight_hh;  // [G·H, I] and [G·H, H], out
   Matrix dbias_ih, dbias_hh;      // [1, G·H], out
   Matrix dh0, dc0;                // [B, H], out
+  Matrix dgates;                  // [N, P·H], out: the P gate gradients of each row (cells.h)
 };
 
 // out [M, N] = a [M, K] b [K, N]: the tile by itself.

@@ -28,10 +28,12 @@ def backward(
     grad_y: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
     dx: Tensor | None,
     dh0: Tensor | None,
     dc0: Tensor | None,
     dweights: Tensors,
+    dgates: Tensor | None,
     batch_sizes: Tensor | None,
     threads: int,
 ) -> None: ...

@@ -1,18 +1,38 @@
-"""A recurrent layer, and a step of a cell, as differentiable functions: written once for all cells.
+"""A recurrent layer, and a step of a cell, as differentiable functions: the form of plain eager calls.
 
 The first derivative is :mod:`pyrnnfast.passes`; one that has to be differentiated itself goes through
-:mod:`pyrnnfast.reference`.
+:mod:`pyrnnfast.reference`. Under torch.compile and torch.func other forms are at work: ops.py and transforms.py.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .passes import CELLS, Gradients, backward, forward, forward_step
+from .passes import (
+    CELLS,
+    Gradients,
+    Upstream,
+    backward,
+    forward,
+    forward_step,
+    room_for_cells,
+    room_for_gates,
+    room_to_keep,
+    side_by_side,
+)
+
+
+class Outputs(NamedTuple):
+    """Of a layer: y [T, B, D·H] or [N, D·H], h_n and c_n [D, B, H], and all cell states [..., D·H] where asked for."""
+
+    y: Tensor
+    h_n: Tensor
+    c_n: Tensor | None
+    cells: Tensor | None
 
 
 def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,23 +49,32 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Layer(torch.autograd.Function):
-    """y, h_n[, c_n] = layer(cell, x, batch_sizes, h0, c0, *weights)"""
+    """y, h_n[, c_n[, cells]] = layer(cell, cell_states, x, batch_sizes, h0, c0, *weights)"""
 
     @staticmethod
     def forward(
         ctx: Any,
         cell: str,
+        cell_states: bool,
         x: Tensor,
         batch_sizes: Tensor | None,
         h0: Tensor | None,
         c0: Tensor | None,
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        y, h_n, c_n, kept = forward(cell, x, batch_sizes, h0, c0, weights, keep=True)
+        cells = None
+        if cell_states:
+            cells = room_for_cells(x, weights)
+            kept = side_by_side(room_for_gates(cell, x, weights), cells, weights)
+        else:
+            kept = room_to_keep(cell, x, weights)
+        y, h_n, c_n, _ = forward(cell, x, batch_sizes, h0, c0, weights, kept)
         ctx.cell = cell
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, y, *kept)
-        return (y, h_n) if c_n is None else (y, h_n, c_n)
+        if c_n is None:
+            return y, h_n
+        return (y, h_n, c_n) if cells is None else (y, h_n, c_n, cells)
 
     @staticmethod
     @_without_autocast
@@ -54,16 +83,17 @@ class _Layer(torch.autograd.Function):
         x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
         cell, count = ctx.cell, 4 * (len(rest) - 1) // 6
         weights, y, kept = rest[:count], rest[count], tuple(rest[count + 1 :])
-        _, need_x, _, *needs = ctx.needs_input_grad
+        _, _, need_x, _, *needs = ctx.needs_input_grad
         needs = [need_x, *needs]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
+        upstream = Upstream(*grads)
         if torch.is_grad_enabled():
             # create_graph: the gradient has to be differentiable itself, so it goes through the reference.
-            found = _differentiable_backward(cell, needs, x, batch_sizes, h0, c0, weights, grads)
+            found = differentiable_backward(cell, needs, x, batch_sizes, h0, c0, weights, upstream)
         else:
-            found = backward(cell, needs, x, batch_sizes, h0, c0, weights, y, kept, (*grads, None)[:3])
-        return None, found.x, None, found.h0, found.c0, *found.weights
+            found = backward(cell, needs, x, batch_sizes, h0, c0, weights, y, kept, upstream)
+        return None, None, found.x, None, found.h0, found.c0, *found.weights
 
 
 class _Step(torch.autograd.Function):
@@ -73,7 +103,7 @@ class _Step(torch.autograd.Function):
     def forward(
         ctx: Any, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        h, c, kept = forward_step(cell, x, h0, c0, weights, keep=True)
+        h, _, c, kept = forward_step(cell, x, h0, c0, weights, room_to_keep(cell, x, weights))
         ctx.cell = cell
         ctx.set_materialize_grads(False)
         # Only the vanilla RNN's backward looks at h; who else changes theirs in place may.
@@ -89,13 +119,13 @@ class _Step(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
             one_h0, one_c0, *finals = (None if t is None else t.unsqueeze(0) for t in (h0, c0, grad_h, grad_c))
-            used = (None, *finals) if CELLS[cell].has_cell else (None, finals[0])
-            found = _differentiable_backward(cell, needs, x.unsqueeze(0), None, one_h0, one_c0, weights, used)
+            upstream = Upstream(None, *finals)
+            found = differentiable_backward(cell, needs, x.unsqueeze(0), None, one_h0, one_c0, weights, upstream)
             x_h_c = [None if g is None else g.squeeze(0) for g in found[:3]]
             return None, *x_h_c, *found.weights
         # For its size, where its values are of no use.
         y = gates[:, : gates.shape[1] // CELLS[cell].saved] if h is None else h
-        found = backward(cell, needs, x, None, h0, c0, weights, y, (gates, cells), (None, grad_h, grad_c))
+        found = backward(cell, needs, x, None, h0, c0, weights, y, (gates, cells), Upstream(None, grad_h, grad_c))
         return None, found.x, found.h0, found.c0, *found.weights
 
 
@@ -105,7 +135,24 @@ _apply_layer = super(torch.autograd.Function, _Layer).apply
 _apply_step = super(torch.autograd.Function, _Step).apply
 
 
-def _differentiable_backward(
+def reference_layer(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+) -> Outputs:
+    """A layer by :mod:`pyrnnfast.reference`: slow, of torch's operators alone, and so whatever they can do."""
+    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    initial = None if h0 is None else (h0,) if c0 is None else (h0, c0)
+    by_direction = [weights[k : k + 4] for k in range(0, len(weights), 4)]
+    states, (h_n, *c_n) = reference.layer(cell, x.reshape(-1, x.shape[-1]), initial, by_direction, sizes)
+    y, *cells = (s.view(*x.shape[:-1], -1) for s in states)
+    return Outputs(y, h_n, c_n[0], cells[0]) if cells else Outputs(y, h_n, None, None)
+
+
+def differentiable_backward(
     cell: str,
     needs: Sequence[bool],
     x: Tensor,
@@ -113,19 +160,20 @@ def _differentiable_backward(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
+    grads: Upstream,
 ) -> Gradients:
+    """The gradients of a layer as functions that can be differentiated, by way of the reference.
+
+    Args:
+        needs: of x, h0, c0 and each weight, whether its gradient is wanted
+    """
     # A name of its own for each input: one tensor may come in twice, and each gets its own share of the gradient.
     inputs = [None if t is None else t.view_as(t) for t in (x, h0, c0, *weights)]
     data, h0, c0, *weights = inputs
     assert data is not None
-    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
-    initial = None if h0 is None else (h0,) if c0 is None else (h0, c0)
-    by_direction = [weights[k : k + 4] for k in range(0, len(weights), 4)]
-    y, final = reference.layer(cell, data.reshape(-1, x.shape[-1]), initial, by_direction, sizes)
-    outputs = (y.view(*x.shape[:-1], -1), *final)
+    outputs = reference_layer(cell, data, batch_sizes, h0, c0, weights)
     asked = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None]
     results = iter(
         torch.autograd.grad([o for o, _ in used], asked, [g for _, g in used], create_graph=True, allow_unused=True)
     )
@@ -133,7 +181,8 @@ def _differentiable_backward(
     return Gradients(found[0], found[1], found[2], tuple(found[3:]))
 
 
-def _differentiable(*tensors: Tensor | None) -> bool:
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know of a call with these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -144,15 +193,20 @@ def layer(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    cell_states: bool,
+) -> Outputs:
     """A layer with whatever of autograd the moment asks for.
 
-    Arguments and first results as of :func:`pyrnnfast.passes.forward`.
+    Arguments as of :func:`pyrnnfast.passes.forward`; ``cell_states``: whether all cell states are a result (LSTM).
     """
-    if _differentiable(x, h0, c0, *weights):
-        y, h_n, *c_n = _apply_layer(cell, x, batch_sizes, h0, c0, *weights)
-        return y, h_n, c_n[0] if c_n else None
-    return forward(cell, x, batch_sizes, h0, c0, weights, keep=False)[:3]
+    if differentiable(x, h0, c0, *weights):
+        found = _apply_layer(cell, cell_states, x, batch_sizes, h0, c0, *weights)
+        return Outputs(*found, *(None,) * (4 - len(found)))
+    if not cell_states:
+        return Outputs(*forward(cell, x, batch_sizes, h0, c0, weights, ())[:3], None)
+    cells = room_for_cells(x, weights)
+    y, h_n, c_n, _ = forward(cell, x, batch_sizes, h0, c0, weights, side_by_side(None, cells, weights))
+    return Outputs(y, h_n, c_n, cells)
 
 
 def step(
@@ -162,7 +216,7 @@ def step(
 
     Arguments as of :func:`pyrnnfast.passes.forward_step`; returns h, or h and c for the LSTM.
     """
-    if _differentiable(x, h0, c0, *weights):
+    if differentiable(x, h0, c0, *weights):
         return _apply_step(cell, x, h0, c0, *weights)  # type: ignore[no-any-return]
-    h, c, _ = forward_step(cell, x, h0, c0, weights, keep=False)
+    h, _, c, _ = forward_step(cell, x, h0, c0, weights, ())
     return h if c is None else (h, c)

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cpu, autograd, obstacles
-from .obstacles import PLAIN, Hidden, Spec
+from . import _cpu, layers, obstacles, transforms
+from .layers import Extras
+from .obstacles import PLAIN, Spec
 
 Result = tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]
+
+
+NO_EXTRAS = Extras()
 
 
 def infer(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
@@ -27,83 +31,78 @@ def infer(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, wei
     Returns:
         What :func:`call` would, or None where the call is not as plain as that: then :func:`call` knows what to do.
     """
-    if torch.is_grad_enabled() or obstacles.recording_obstacle() is not None or obstacles.mode_obstacle() is not None:
+    if (
+        torch.is_grad_enabled()
+        or obstacles.form(input) != "eager"
+        or torch.is_autocast_enabled("cpu")
+        or obstacles.recording_obstacle() is not None
+    ):
         return None
     return _cpu.infer(PLAIN, cell, input_size, hidden_size, input, hx, tuple(weights), torch.get_num_threads())
 
 
-def call(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], otherwise: Callable[[Any, Any], Any]) -> Any:
-    """The call on our kernels, or, where they do not serve it, ``otherwise(input, hx)``: torch's own way to do it."""
-    if obstacles.obstacle(spec, input, hx, weights) is not None:
+def call(
+    spec: Spec,
+    input: Any,
+    hx: Any,
+    weights: Sequence[Tensor],
+    otherwise: Callable[[Any, Any], Any],
+    extras: Extras = NO_EXTRAS,
+) -> Any:
+    """The call on our kernels, or, where they do not serve it, ``otherwise(input, hx)``: torch's own way to do it.
+
+    Raises:
+        ValueError: something of ours is asked for, ``extras`` or ``cell_states``, and the kernels do not serve the call
+    """
+    autocast = torch.is_autocast_enabled("cpu")
+    operands = _in_the_dtype_of_autocast(input, hx, weights) if autocast else (input, hx, weights)
+    asked = obstacles.form(input)
+    reason = obstacles.obstacle(spec, asked, *operands)
+    if reason is not None:
+        if extras or spec.cell_states:
+            raise ValueError(f"lengths, reset and cell_states are for our kernels alone, but {reason}")
         obstacles.guard(spec, input, hx, weights)
         return otherwise(input, hx)
-    return _run_step(spec, input, hx, weights) if spec.single_step else _run(spec, input, hx, weights)
+    if not autocast:
+        return layers.run(spec, asked, *operands, extras)
+    with torch.autocast("cpu", enabled=False):
+        found = layers.run(spec, asked, *operands, extras)
+    # Some of the operators that torch has for these do not take part in autocast.
+    wide = spec.cell == "gru" or (spec.single_step and spec.cell == "lstm")
+    return _floats(found) if wide else found
 
 
-def _run(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequence[Tensor]) -> Result:
-    """A call without an obstacle, on our kernels; packed input has been checked."""
-    if isinstance(input, PackedSequence):
-        x, batch_sizes = input.data, input.batch_sizes
-        data, states = _run_layers(spec, x, batch_sizes, _permuted(hx, input.sorted_indices), weights)
-        packed = PackedSequence(data, batch_sizes, input.sorted_indices, input.unsorted_indices)
-        return packed, _permuted(states, input.unsorted_indices)
-    batched = input.dim() == 3
-    if not batched:
-        output, states = _run(
-            spec._replace(batch_first=False), input.unsqueeze(1), _map(hx, Tensor.unsqueeze, 1), weights
-        )
-        assert isinstance(output, Tensor)
-        return output.squeeze(1), _map(states, Tensor.squeeze, 1)
-    x = input.transpose(0, 1) if spec.batch_first else input
-    output, states = _run_layers(spec, x, None, hx, weights)
-    return output.transpose(0, 1) if spec.batch_first else output, states
+def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[str, str]:
+    """Which road :func:`call` would take, ``"fused"``, ``"reference"`` or ``"torch"``, and why."""
+    autocast = torch.is_autocast_enabled("cpu")
+    operands = _in_the_dtype_of_autocast(input, hx, weights) if autocast else (input, hx, weights)
+    asked = obstacles.form(input)
+    reason = obstacles.obstacle(spec, asked, *operands)
+    if reason is not None:
+        return "torch", reason
+    if asked == "transforms" and not transforms.on_kernels(isinstance(input, PackedSequence)):
+        return "reference", "derivatives that the kernels do not have"
+    return "fused", "served by pyrnnfast._cpu"
 
 
-def _map(states: Any, fn: Callable[..., Tensor], *args: int | Tensor) -> Any:
-    """``fn`` of each state of ``h`` or ``(h, c)``; None stays None."""
-    if states is None or isinstance(states, Tensor):
-        return None if states is None else fn(states, *args)
-    return tuple(fn(s, *args) for s in states)
+def _in_the_dtype_of_autocast(input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:
+    dtype = torch.get_autocast_dtype("cpu")
+
+    def cast(t: Any) -> Any:
+        return t.to(dtype) if isinstance(t, Tensor) and t.dtype is torch.float32 else t
+
+    packed = isinstance(input, PackedSequence)
+    return (
+        PackedSequence(cast(input.data), *input[1:]) if packed else cast(input),
+        tuple(cast(s) for s in hx) if isinstance(hx, (tuple, list)) else cast(hx),
+        [cast(w) for w in weights],
+    )
 
 
-def _permuted(states: Any, indices: Tensor | None) -> Any:
-    """States [layers·D, B, H] with their sequences in another order."""
-    return states if indices is None else _map(states, Tensor.index_select, 1, indices)
-
-
-def _run_layers(
-    spec: Spec, x: Tensor, batch_sizes: Tensor | None, hx: Hidden, weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
-    """Args: x: [T, B, I], or [N, I] when packed; hx: [layers·D, B, H] each."""
-    h0, c0 = (hx, None) if hx is None or isinstance(hx, Tensor) else hx
-    given: list[Tensor | None] = list(weights)
-    if not spec.bias:
-        given = [w for k in range(0, len(weights), 2) for w in (*weights[k : k + 2], None, None)]
-    if spec.num_layers == 1:
-        x, h, c = autograd.layer(spec.cell, x, batch_sizes, h0, c0, given)
-        return x, h if c is None else (h, c)
-    directions = spec.directions
-    h_n, c_n = [], []
-    for k in range(spec.num_layers):
-        if k > 0 and spec.training and spec.dropout > 0:
-            x = torch.dropout(x, spec.dropout, True)
-        states = slice(k * directions, (k + 1) * directions)
-        layer_h0, layer_c0 = (None if s is None else s[states] for s in (h0, c0))
-        layer_weights = given[4 * k * directions : 4 * (k + 1) * directions]
-        x, h, c = autograd.layer(spec.cell, x, batch_sizes, layer_h0, layer_c0, layer_weights)
-        h_n.append(h)
-        if c is not None:
-            c_n.append(c)
-    return x, (torch.cat(h_n), torch.cat(c_n)) if c_n else torch.cat(h_n)
-
-
-def _run_step(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-    """One step of a cell without an obstacle, on our kernels. input: [B, I] or [I]; hx: [B, H] or [H] each."""
-    if input.dim() == 1:
-        states = _run_step(spec, input.unsqueeze(0), _map(hx, Tensor.unsqueeze, 0), weights)
-        return _map(states, Tensor.squeeze, 0)  # type: ignore[no-any-return]
-    h0, c0 = hx if isinstance(hx, (tuple, list)) else (hx, None)
-    return autograd.step(spec.cell, input, h0, c0, weights if spec.bias else (*weights, None, None))
+def _floats(found: Any) -> Any:
+    if isinstance(found, PackedSequence):
+        return PackedSequence(found.data.float(), *found[1:])
+    return found.float() if isinstance(found, Tensor) else tuple(_floats(t) for t in found)
 
 
 _STOCK_LAYERS: dict[str, Callable[..., torch.nn.Module]] = {
@@ -148,13 +147,31 @@ class Options(TypedDict, total=False):
     dropout: float
     training: bool
     bidirectional: bool
+    lengths: Tensor | None
+    """[B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are real. Padding
+    is never read; outputs there are zero, and the final states are those after the last real step."""
+    reset: Tensor | None
+    """[T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the start of an
+    episode or of a document. Backward in time, it is cleared between the same two steps."""
+    cell_states: bool
+    """LSTM: a third result, the cell states of the last layer at every step, like the output."""
 
 
-def _call(cell: str, input: Any, hx: Any, weights: Sequence[Tensor], **options: Any) -> Any:
+def _call(
+    cell: str,
+    input: Any,
+    hx: Any,
+    weights: Sequence[Tensor],
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    **options: Any,
+) -> Any:
     if len(weights) < 2:
         raise ValueError(f"expected at least weight_ih and weight_hh, got {len(weights)} weights")
     spec = Spec(cell, weights[0].shape[-1], weights[1].shape[-1], **options)
-    return call(spec, input, hx, weights, otherwise=_torch_call(spec, weights))
+    if spec.cell_states and cell != "lstm":
+        raise ValueError("cell_states is for the LSTM alone")
+    return call(spec, input, hx, weights, otherwise=_torch_call(spec, weights), extras=Extras(lengths, reset))
 
 
 def _rnn_kind(nonlinearity: str) -> str:

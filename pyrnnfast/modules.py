@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional, obstacles
+from . import functional
+from .layers import Extras
 from .obstacles import Spec
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -28,12 +29,18 @@ def _weight(module: torch.nn.Module, name: str) -> Any:
 class _Layers(torch.nn.RNNBase):
     """The ``forward`` of RNN, GRU and LSTM."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    cell_states = False
+
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset: Tensor | None = None) -> Any:
         """The output of the last layer at every step and the final state(s) of all layers, as of ``torch.nn``.
 
         Args:
             input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, or a ``PackedSequence``
             hx: [num_layers·D, B, H] (without B when unbatched), a pair of them for the LSTM; None: zeros
+            lengths: [B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are
+                real. Padding is never read; outputs there are zero, and final states are those after the last real step
+            reset: [T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the
+                start of an episode or of a document
 
         An output of which the gradient is wanted must not be changed in place, as with most of torch's operators: the
         gradient of ``weight_hh`` is made of it. (torch's GRU and RNN allow it, its LSTM does not.)
@@ -42,16 +49,20 @@ class _Layers(torch.nn.RNNBase):
             ValueError, RuntimeError: with torch's words; ours where torch would crash or read beyond its memory: for a
                 ``PackedSequence`` whose ``batch_sizes`` do not describe its data, and for an LSTM whose packed ``hx``
                 or whose weights have wrong shapes.
+            TypeError, ValueError: ``lengths`` or ``reset`` are not as above, or not served with this input.
         """
         weights = self._weights()
-        if self._is_plain() and type(input) is Tensor and input.dim() == 3:
+        extras = Extras(lengths, reset)
+        if self._is_plain() and not extras and type(input) is Tensor and input.dim() == 3:
             found = functional.infer(self.mode.lower(), self.input_size, self.hidden_size, input, hx, weights)
             if found is not None:
                 return found
-        return functional.call(self._spec(), input, hx, weights, otherwise=super().forward)
+        return functional.call(self._spec(), input, hx, weights, otherwise=super().forward, extras=extras)
 
     def _is_plain(self) -> bool:
-        return self.num_layers == 1 and not (self.bidirectional or self.batch_first or self.proj_size)
+        return self.num_layers == 1 and not (
+            self.bidirectional or self.batch_first or self.proj_size or self.cell_states
+        )
 
     def _spec(self) -> Spec:
         return Spec(
@@ -65,6 +76,7 @@ class _Layers(torch.nn.RNNBase):
             self.training,
             bool(self.bidirectional),
             self.proj_size,
+            cell_states=self.cell_states,
         )
 
     def _weights(self) -> list[Tensor]:
@@ -80,7 +92,19 @@ class GRU(_Layers, torch.nn.GRU):
 
 
 class LSTM(_Layers, torch.nn.LSTM):
-    """``torch.nn.LSTM`` on fused kernels."""
+    """``torch.nn.LSTM`` on fused kernels.
+
+    Args:
+        cell_states: a third result, the cell states of the last layer at every step, [T, B, D·H] like the output
+    """
+
+    def __init__(self, *args: Any, cell_states: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if cell_states:  # else the module's attributes are those of torch.nn's
+            self.cell_states = True
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", cell_states=True" if self.cell_states else "")
 
 
 class _Cells(torch.nn.RNNCellBase):
@@ -135,7 +159,11 @@ class LSTMCell(_Cells, torch.nn.LSTMCell):
 
 
 class Explanation(NamedTuple):
-    """Which road a call takes: ``path`` is ``"fused"`` (our kernels) or ``"torch"``, and why."""
+    """Which road a call takes, and why.
+
+    ``path`` is ``"fused"`` (our kernels), ``"reference"`` (torch's operators, step by step, for derivatives that the
+    kernels do not have) or ``"torch"`` (the module of torch.nn).
+    """
 
     path: str
     reason: str
@@ -145,7 +173,7 @@ class Explanation(NamedTuple):
 
 
 def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
-    """Tells, without running it, whether ``module(input, hx)`` runs on our kernels or on torch's operators, and why.
+    """Tells, without running it, how ``module(input, hx)`` would be run, and why.
 
     Args:
         module: a recurrent module, ours or torch's; parametrized weights are computed, as a call would
@@ -155,8 +183,7 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         ValueError: the ``batch_sizes`` of packed input do not describe its data.
     """
     if isinstance(module, (_Layers, _Cells)):
-        reason = obstacles.obstacle(module._spec(), input, hx, module._weights())
-        return Explanation("fused", "served by pyrnnfast._cpu") if reason is None else Explanation("torch", reason)
+        return Explanation(*functional.explain(module._spec(), input, hx, module._weights()))
     if isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         return Explanation("torch", f"{type(module).__name__} is torch's own; pyrnnfast.replace(model) swaps it")
     raise TypeError(f"explain takes a recurrent module, got {type(module).__name__}")

@@ -1,6 +1,7 @@
 """Which calls the kernels serve, and why not the others: asked before anything is done."""
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,44 +34,47 @@ class Spec(NamedTuple):
     bidirectional: bool = False
     proj_size: int = 0
     single_step: bool = False  # a cell module, whose input has no time dimension
+    cell_states: bool = False  # all cell states are a result (LSTM)
 
     @property
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
 
 
+def form(input: Any) -> str:
+    """What the state of torch asks for: operators that a trace can record, functions that transforms can take apart, or
+    neither."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return "operators"
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return "transforms"
+    data = input.data if isinstance(input, PackedSequence) else input
+    return "operators" if isinstance(data, Tensor) and data.is_meta else "eager"
+
+
 def recording_obstacle() -> str | None:
-    """Why not, from the state of torch: what must see torch's own operators, over tensors that may have no values."""
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing"
+    """Why not, from the state of torch: somebody records a graph for those who know torch's operators only."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active"
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return "a torch dispatch mode is active"
-    return None
+    # torch.onnx.is_in_onnx_export would import what few have.
+    exporter = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return "torch.onnx is exporting" if exporter is not None and exporter._is_onnx_exporting else None
 
 
-def mode_obstacle() -> str | None:
-    """Why not, from the state of torch: modes with other rules for dtypes and derivatives."""
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    return None
-
-
-def _tensor_obstacle(name: str, tensor: Any, dtype: torch.dtype) -> str | None:
-    """Why a kernel cannot read a tensor."""
-    if type(tensor) not in PLAIN:
+def _tensor_obstacle(name: str, tensor: Any, like: Tensor) -> str | None:
+    """Why a kernel cannot read a tensor beside another one."""
+    if type(tensor) not in PLAIN and not torch.compiler.is_compiling():  # which has types of its own
         return f"{name} is {'a' if isinstance(tensor, Tensor) else 'no tensor but a'} {type(tensor).__name__}"
-    if not tensor.is_cpu:
+    if not (tensor.is_cpu or tensor.is_meta) or tensor.device != like.device:
         return f"{name} is on {tensor.device}"
-    if tensor.dtype is not dtype:
-        return f"{name} is {tensor.dtype}, where {dtype} is the dtype of the weights"
+    if tensor.dtype is not like.dtype:
+        return f"{name} is {tensor.dtype}, where {like.dtype} is the dtype of the weights"
     if tensor.layout is not torch.strided:
         return f"{name} has the layout {tensor.layout}"
+    if torch.compiler.is_compiling():
+        return None
     return f"{name} is a lazily negated view" if tensor.is_neg() else None
 
 
@@ -83,40 +87,40 @@ def _shape_obstacle(name: str, tensor: Tensor, expected: tuple[int, ...]) -> str
 def _weights_obstacle(spec: Spec, weights: Sequence[Any]) -> str | None:
     if not weights or not isinstance(weights[0], Tensor):
         return "there are no weights"
-    dtype = weights[0].dtype
-    if dtype not in _SERVED_DTYPES:
-        return f"the kernels serve float32, float64 and bfloat16, not {dtype}"
+    if weights[0].dtype not in _SERVED_DTYPES:
+        return f"the kernels serve float32, float64 and bfloat16, not {weights[0].dtype}"
     for weight in weights:
-        reason = _tensor_obstacle("a weight", weight, dtype)
+        reason = _tensor_obstacle("a weight", weight, weights[0])
         if reason is not None:
             return reason
     return _weight_shapes_obstacle(spec, weights)
 
 
 def _weight_shapes_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
-    shapes = _weight_shapes(*spec[:4], spec.bias, spec.directions)
+    shapes = _weight_shapes(spec)
     if len(weights) != len(shapes):
         return f"{len(shapes)} weights are expected, got {len(weights)}"
     reasons = (_shape_obstacle("a weight", w, expected) for w, expected in zip(weights, shapes, strict=True))
     return next((r for r in reasons if r is not None), None)
 
 
-@functools.lru_cache(maxsize=64)
-def _weight_shapes(
-    cell: str, inputs: int, hidden: int, layers: int, bias: bool, directions: int
-) -> tuple[tuple[int, ...], ...]:
-    rows = passes.CELLS[cell].gates * hidden
-    shapes: list[tuple[int, ...]] = []
-    for _ in range(layers):
-        shapes += ((rows, inputs), (rows, hidden), (rows,), (rows,))[: 4 if bias else 2] * directions
-        inputs = hidden * directions
-    return tuple(shapes)
+def _weight_shapes(spec: Spec) -> tuple[tuple[int, ...], ...]:
+    rows, inputs = passes.CELLS[spec.cell].gates * spec.hidden_size, spec.input_size
+    shapes: tuple[tuple[int, ...], ...] = ()
+    for _ in range(spec.num_layers):
+        of_layer = ((rows, inputs), (rows, spec.hidden_size), (rows,), (rows,))[: 4 if spec.bias else 2]
+        shapes += of_layer * spec.directions
+        inputs = spec.hidden_size * spec.directions
+    return shapes
 
 
-def _input_obstacle(spec: Spec, input: Any, dtype: torch.dtype) -> str | None:
+_known_weight_shapes = functools.lru_cache(maxsize=64)(_weight_shapes)
+
+
+def _input_obstacle(spec: Spec, input: Any, like: Tensor) -> str | None:
     packed = isinstance(input, PackedSequence) and not spec.single_step
     data = input.data if packed else input
-    reason = _tensor_obstacle("the input", data, dtype)
+    reason = _tensor_obstacle("the input", data, like)
     if reason is not None:
         return reason
     time_dimensions = 0 if spec.single_step else 1
@@ -130,7 +134,8 @@ def _input_obstacle(spec: Spec, input: Any, dtype: torch.dtype) -> str | None:
         return f"the input has {data.dim()} dimensions"
     if data.shape[-1] != spec.input_size:
         return f"the input has {data.shape[-1]} features, where {spec.input_size} are expected"
-    return "the input is empty" if data.numel() == 0 else None
+    # While a graph is recorded, a question about sizes that may change would settle them.
+    return "the input is empty" if not torch.compiler.is_compiling() and data.numel() == 0 else None
 
 
 def _states_of(spec: Spec, hx: Any) -> Sequence[Any] | None:
@@ -146,8 +151,7 @@ def _operands_obstacle(spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) 
     reason = _weights_obstacle(spec, weights)
     if reason is not None:
         return reason
-    dtype = weights[0].dtype
-    reason = _input_obstacle(spec, input, dtype)
+    reason = _input_obstacle(spec, input, weights[0])
     if reason is not None:
         return reason
     states = _states_of(spec, hx)
@@ -155,7 +159,7 @@ def _operands_obstacle(spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) 
         return "hx is no pair (h0, c0)"
     expected = state_shape(spec, input)
     for state in states:
-        reason = _tensor_obstacle("hx", state, dtype) or _shape_obstacle("hx", state, expected)
+        reason = _tensor_obstacle("hx", state, weights[0]) or _shape_obstacle("hx", state, expected)
         if reason is not None:
             return reason
     return None
@@ -176,15 +180,20 @@ def _agree(spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) -> bool:
     states = _states_of(spec, hx)
     if states is None:
         return False
-    shapes = _weight_shapes(*spec[:4], spec.bias, spec.directions)
+    shapes = _known_weight_shapes(spec)
     if states:
         expected = state_shape(spec, input)
         return _cpu.agree(PLAIN, (data, *states, *weights), (shape, *[expected] * len(states), *shapes))
     return _cpu.agree(PLAIN, (data, *weights), (shape, *shapes))
 
 
-def obstacle(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Sequence[Tensor]) -> str | None:
+def obstacle(
+    spec: Spec, asked: str, input: Tensor | PackedSequence, hx: Hidden, weights: Sequence[Tensor]
+) -> str | None:
     """Why our kernels do not serve this call, or None when they do.
+
+    Args:
+        asked: the :func:`form` that is asked for
 
     Raises:
         ValueError: the ``batch_sizes`` of packed input do not describe its data. Not left to torch, which may crash.
@@ -192,15 +201,14 @@ def obstacle(spec: Spec, input: Tensor | PackedSequence, hx: Hidden, weights: Se
     reason = recording_obstacle()
     if reason is not None:
         return reason
-    if isinstance(input, PackedSequence) and not spec.single_step:
+    if isinstance(input, PackedSequence) and not spec.single_step and asked != "operators":
         _cpu.check_batch_sizes(input.batch_sizes, input.data.shape[0])
     if spec.cell not in passes.CELLS:
         return f"there is no kernel for the cell {spec.cell!r}"
-    reason = mode_obstacle()
-    if reason is not None:
-        return reason
     if spec.proj_size:
         return "a projection (proj_size) is left to torch"
+    if asked != "eager":
+        return _operands_obstacle(spec, input, hx, weights)
     if _agree(spec, input, hx, weights):
         return None
     return _operands_obstacle(spec, input, hx, weights) or "an operand has no memory of its own"

@@ -23,14 +23,15 @@ class Cell(NamedTuple):
 
     gates: int
     saved: int  # columns kept for backward, in units of H
+    dgates: int  # columns of gate gradients, likewise
     has_cell: bool
 
 
 CELLS = {
-    "rnn_tanh": Cell(1, 0, has_cell=False),
-    "rnn_relu": Cell(1, 0, has_cell=False),
-    "gru": Cell(3, 4, has_cell=False),
-    "lstm": Cell(4, 4, has_cell=True),
+    "rnn_tanh": Cell(1, 0, 1, has_cell=False),
+    "rnn_relu": Cell(1, 0, 1, has_cell=False),
+    "gru": Cell(3, 4, 4, has_cell=False),
+    "lstm": Cell(4, 4, 4, has_cell=True),
 }
 
 
@@ -44,6 +45,15 @@ def _gradient(matrix: Tensor | None) -> Tensor | None:
     return None if matrix is None else _rows(matrix.resolve_neg())
 
 
+class Results(NamedTuple):
+    """Of :func:`forward`: y [T, B, D·H] or [N, D·H]; h_n and c_n [D, B, H]; what backward needs."""
+
+    y: Tensor
+    h_n: Tensor
+    c_n: Tensor | None
+    kept: Tensors
+
+
 def forward(
     cell: str,
     x: Tensor,
@@ -51,8 +61,8 @@ def forward(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensors]:
+    kept: Tensors,
+) -> Results:
     """Runs a layer forward.
 
     Args:
@@ -60,34 +70,25 @@ def forward(
         batch_sizes: of packed data, int64 [T] on the CPU
         h0, c0: [D, B, H] or None
         weights: weight_ih, weight_hh, bias_ih, bias_hh of each direction
-        keep: whether backward will follow
-
-    Returns:
-        y [T, B, D·H] or [N, D·H], h_n and c_n [D, B, H], and what backward needs.
+        kept: room for what backward needs, see :func:`room_to_keep`; (): there will be none
     """
-    directions, hidden = _sizes(weights)
-    if batch_sizes is None:
-        steps, batch, _ = x.shape
-        y = x.new_empty(steps, batch, directions * hidden)
-    else:
-        batch = int(batch_sizes[0])
-        y = x.new_empty(x.shape[0], directions * hidden)
+    directions, hidden = sizes(weights)
+    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    y = x.new_empty(*x.shape[:-1], directions * hidden)
     h_n = x.new_empty(directions, batch, hidden)
-    c_n, kept = _forward(cell, x, batch_sizes, h0, c0, weights, y, h_n, keep)
-    return y, h_n, c_n, kept
+    return Results(y, h_n, _forward(cell, x, batch_sizes, h0, c0, weights, y, h_n, kept), kept)
 
 
 def forward_step(
-    cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None], keep: bool
-) -> tuple[Tensor, Tensor | None, Tensors]:
-    """:func:`forward` of one step in one direction. x: [B, I]; h0, c0, and the results h and c: [B, H]."""
-    h = x.new_empty(x.shape[0], _sizes(weights)[1])
+    cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None], kept: Tensors
+) -> Results:
+    """:func:`forward` of one step in one direction. x: [B, I]; h0, c0, and y, which is h_n too, and c_n: [B, H]."""
     # With one step, its output and the final state are the same values: the kernel writes them to the same place.
-    c, kept = _forward(cell, x, None, h0, c0, weights, h, h, keep)
-    return h, c, kept
+    h = x.new_empty(x.shape[0], sizes(weights)[1])
+    return Results(h, h, _forward(cell, x, None, h0, c0, weights, h, h, kept), kept)
 
 
-def _sizes(weights: Sequence[Tensor | None]) -> tuple[int, int]:
+def sizes(weights: Sequence[Tensor | None]) -> tuple[int, int]:
     """Directions and H."""
     weight_hh = weights[1]
     assert weight_hh is not None
@@ -103,16 +104,10 @@ def _forward(
     weights: Sequence[Tensor | None],
     y: Tensor,
     h_n: Tensor,
-    keep: bool,
-) -> tuple[Tensor | None, Tensors]:
-    """Returns c_n, and what backward needs: of each direction gates [N, saved·H] and cells [N, H]."""
-    cell = CELLS[name]
-    c_n = torch.empty_like(h_n) if cell.has_cell else None
-    kept: Tensors = ()
-    if keep:
-        directions, hidden = _sizes(weights)
-        for _ in range(directions):
-            kept += _room_to_keep(cell, x, hidden)
+    kept: Tensors,
+) -> Tensor | None:
+    """Returns c_n."""
+    c_n = torch.empty_like(h_n) if CELLS[name].has_cell else None
     _cpu.forward(
         name,
         _rows(x),  # type: ignore[arg-type]
@@ -126,19 +121,53 @@ def _forward(
         batch_sizes,
         torch.get_num_threads(),
     )
-    return c_n, kept
+    return c_n
 
 
-def _room_to_keep(cell: Cell, x: Tensor, hidden: int) -> tuple[Tensor | None, Tensor | None]:
+def cells_dtype(x: Tensor) -> torch.dtype:
+    """The cell state stays in float32 where the data are narrower."""
+    return torch.float32 if x.dtype is torch.bfloat16 else x.dtype
+
+
+def room_to_keep(name: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensors:
+    """What a forward pass is to fill for backward: of each direction gates [N, saved·H] and cells [N, H]."""
+    cell, (directions, hidden) = CELLS[name], sizes(weights)
+    if not cell.saved:
+        return (None, None) * directions
     rows, columns = x.shape[:-1].numel(), cell.saved * hidden
-    if not cell.has_cell:
-        return x.new_empty(rows, columns) if columns else None, None
-    if x.dtype is torch.bfloat16:  # the cell state stays in float32
-        return x.new_empty(rows, columns), x.new_empty(rows, hidden, dtype=torch.float32)
-    # One block: glibc keeps twice as much free memory as the largest block that it has seen, up to 32 MB, and gives the
-    # rest back to the system, so that it comes fresh, page by page, at every step. The fewer blocks the better.
-    gates, cells = x.new_empty(rows, columns + hidden).split([columns, hidden], 1)
-    return gates, cells
+    kept: Tensors = ()
+    for _ in range(directions):
+        if not cell.has_cell:
+            kept += x.new_empty(rows, columns), None
+        elif cells_dtype(x) is not x.dtype:
+            kept += x.new_empty(rows, columns), x.new_empty(rows, hidden, dtype=cells_dtype(x))
+        else:
+            # One block: glibc keeps twice as much free memory as the largest block that it has seen, up to 32 MB, and
+            # gives the rest back to the system, so that it comes fresh, page by page, at every step. The fewer blocks
+            # the better.
+            kept += tuple(x.new_empty(rows, columns + hidden).split([columns, hidden], 1))
+    return kept
+
+
+def room_for_gates(cell: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+    """For what backward needs of the gates of all directions, side by side: [..., D·saved·H]."""
+    directions, hidden = sizes(weights)
+    return x.new_empty(*x.shape[:-1], directions * CELLS[cell].saved * hidden)
+
+
+def room_for_cells(x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+    """Likewise for all cell states: [..., D·H]."""
+    directions, hidden = sizes(weights)
+    return x.new_empty(*x.shape[:-1], directions * hidden, dtype=cells_dtype(x))
+
+
+def side_by_side(gates: Tensor | None, cells: Tensor | None, weights: Sequence[Tensor | None]) -> Tensors:
+    """The columns of each direction, as a pass takes them; None for what a cell does not have or nobody asks for."""
+    directions, _ = sizes(weights)
+    parts = [
+        (None,) * directions if t is None else t.view(-1, t.shape[-1]).chunk(directions, 1) for t in (gates, cells)
+    ]
+    return tuple(t for pair in zip(*parts, strict=True) for t in pair)
 
 
 class Gradients(NamedTuple):
@@ -148,6 +177,15 @@ class Gradients(NamedTuple):
     h0: Tensor | None
     c0: Tensor | None
     weights: Tensors
+
+
+class Upstream(NamedTuple):
+    """The gradients of a layer's results: as y, h_n and c_n, and that of all cell states [..., D·H]."""
+
+    y: Tensor | None
+    h_n: Tensor | None
+    c_n: Tensor | None = None
+    cells: Tensor | None = None
 
 
 def backward(
@@ -160,21 +198,20 @@ def backward(
     weights: Sequence[Tensor | None],
     y: Tensor,
     kept: Tensors,
-    grads: Sequence[Tensor | None],
+    grads: Upstream,
+    dgates: Tensor | None = None,
 ) -> Gradients:
     """Runs a layer, or a single step, back through time.
 
     Args:
         needs: of x, h0, c0 and each weight, whether its gradient is wanted
         x, batch_sizes, h0, c0, weights, y, kept: operands and results of :func:`forward` or :func:`forward_step`
-        grads: of y, h_n and c_n
+        dgates: to be filled with the gate gradients of each row and direction, [..., D·dgates·H]
     """
     dx, dh0, dc0, *dweights = [
         torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else None
         for t, need in zip((x, h0, c0, *weights), needs, strict=True)
     ]
-    grad_y, grad_h_n, grad_c_n = grads
-    out = Gradients(dx, dh0, dc0, tuple(dweights))
     _cpu.backward(
         cell,
         _rows(x),  # type: ignore[arg-type]
@@ -183,11 +220,16 @@ def backward(
         tuple([_rows(w) for w in weights]),
         y,
         kept,
-        _gradient(grad_y),
-        _gradient(grad_h_n),
-        _gradient(grad_c_n),
-        *out,
+        _gradient(grads.y),
+        _gradient(grads.h_n),
+        _gradient(grads.c_n),
+        _gradient(grads.cells),
+        dx,
+        dh0,
+        dc0,
+        tuple(dweights),
+        dgates,
         batch_sizes,
         torch.get_num_threads(),
     )
-    return out
+    return Gradients(dx, dh0, dc0, tuple(dweights))

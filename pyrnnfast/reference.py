@@ -66,7 +66,7 @@ STEPS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
 
 def direction(
     cell: str, x: Tensor, initial: State, weights: Weights, batch_sizes: Sequence[int], reverse: bool
-) -> tuple[Tensor, State]:
+) -> tuple[State, State]:
     """One layer in one direction.
 
     Args:
@@ -74,13 +74,13 @@ def direction(
         initial: the state before the first step of each sequence, [B, H] each
 
     Returns:
-        h of every step [N, H], and the state after the last step of each sequence, [B, H] each.
+        The state after every step [N, H] each, and after the last step of each sequence, [B, H] each.
     """
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     assert weight_ih is not None and weight_hh is not None
     xgates = F.linear(x, weight_ih, bias_ih).split(list(batch_sizes))  # T × [batch_sizes[t], G·H]
     order = range(len(batch_sizes))
-    outputs: dict[int, Tensor] = {}
+    outputs: dict[int, State] = {}
     state = tuple(s[:0] for s in initial)
     ended: list[State] = []
     for t in reversed(order) if reverse else order:
@@ -91,14 +91,14 @@ def direction(
         elif active > rows:  # they start here: at the first step, or going backward at their end
             state = tuple(torch.cat([s, first[rows:active]]) for s, first in zip(state, initial, strict=True))
         state = STEPS[cell](xgates[t], F.linear(state[0], weight_hh, bias_hh), state)
-        outputs[t] = state[0]
+        outputs[t] = state
     final = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
-    return torch.cat([outputs[t] for t in order]), final
+    return tuple(torch.cat(parts) for parts in zip(*(outputs[t] for t in order), strict=True)), final
 
 
 def layer(
     cell: str, x: Tensor, initial: State | None, weights: Sequence[Weights], batch_sizes: Sequence[int]
-) -> tuple[Tensor, State]:
+) -> tuple[State, State]:
     """One layer in one or both directions, the second one backward in time.
 
     Args:
@@ -107,7 +107,8 @@ def layer(
         weights: of each direction
 
     Returns:
-        The outputs of both directions side by side [N, D·H], and the final states [D, B, H] each.
+        The states of both directions side by side after every step [N, D·H] each, the first of which is the output; and
+        the final ones [D, B, H] each.
     """
     weight_hh = weights[0][1]
     assert weight_hh is not None
@@ -119,7 +120,7 @@ def layer(
         for d in range(len(weights))
     ]
     final = tuple(torch.stack(states) for states in zip(*(state for _, state in runs), strict=True))
-    return torch.cat([y for y, _ in runs], -1), final
+    return tuple(torch.cat(parts, -1) for parts in zip(*(states for states, _ in runs), strict=True)), final
 
 
 def stack(
@@ -146,6 +147,6 @@ def stack(
             x = F.dropout(x, dropout)
         directions = len(layer_weights)
         first = None if initial is None else tuple(s[k * directions : (k + 1) * directions] for s in initial)
-        x, final = layer(cell, x, first, layer_weights, batch_sizes)
+        (x, *_), final = layer(cell, x, first, layer_weights, batch_sizes)
         finals.append(final)
     return x, tuple(torch.cat(states) for states in zip(*finals, strict=True))

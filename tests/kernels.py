@@ -113,11 +113,15 @@ def backward_operands(forward: Operands, seed: int = 8) -> Operands:
     def same(*names: str) -> Operands:
         return {name: forward[name] for name in names}
 
+    widths, y = WIDTHS[forward["cell"]], forward["y"]
+    cells = y.to(forward["kept"][1].dtype) if widths.has_cell else None
     return (
         same("cell", "x", "h0", "c0", "weights", "y", "kept")
         | {f"grad_{name}": random_like(forward[name]) for name in ("y", "h_n", "c_n")}
+        | {"grad_cells": random_like(cells)}
         | {f"d{name}": out_like(forward[name]) for name in ("x", "h0", "c0")}
         | {"dweights": tuple(out_like(w) for w in forward["weights"])}
+        | {"dgates": out_like(torch.cat([y] * widths.dgates, -1))}
         | same("batch_sizes", "threads")
     )
 
@@ -138,4 +142,4 @@ def run(cell: str, layer: Layer, dtype: torch.dtype, threads: int = 1) -> dict[s
     _cpu.forward(*forward.values())
     backward = backward_operands(forward)
     _cpu.backward(*backward.values())
-    return tensors(forward, ("y", "h_n", "c_n", "kept")) | tensors(backward, ("dx", "dh0", "dc0", "dweights"))
+    return tensors(forward, ("y", "h_n", "c_n", "kept")) | tensors(backward, ("dx", "dh0", "dc0", "dweights", "dgates"))

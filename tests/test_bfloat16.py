@@ -66,12 +66,12 @@ def of_direction(operands: Operands, layer: Layer, direction: int) -> dict[str, 
     """Data as [N, features] and states as [B, H] of one direction, in float64."""
     H = layer.hidden
     found = {}
-    for name in ("x", "y", "h0", "c0", "grad_y", "grad_h_n", "grad_c_n"):
+    for name in ("x", "y", "h0", "c0", "grad_y", "grad_h_n", "grad_c_n", "grad_cells", "dgates"):
         t = operands.get(name)
         if t is None:
             continue
-        if name in ("y", "grad_y"):
-            t = t.reshape(layer.rows, -1)[:, direction * H : (direction + 1) * H]
+        if name in ("y", "grad_y", "grad_cells", "dgates"):
+            t = t.reshape(layer.rows, -1).chunk(layer.directions, 1)[direction]
         elif name == "x":
             t = t.reshape(layer.rows, -1)
         else:
@@ -122,9 +122,8 @@ def textbook_forward(cell: str, layer: Layer, direction: int, o: dict[str, Tenso
 
 def gate_gradients(
     cell: str, o: dict[str, Tensor], rows: slice, h_prev: Tensor, c_prev: Tensor | None, d: Tensor, dc: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dgates as the input's and as the recurrent product have them, and what is carried, from the gradients d of the
-    states h and dc of the cells."""
+) -> tuple[Tensor, Tensor]:
+    """dgates, and what is carried, from the gradients d of the states h and dc of the cells."""
     H = d.shape[1]
     if cell == "lstm":
         assert c_prev is not None
@@ -133,42 +132,22 @@ def gate_gradients(
         tanh_c = o["cells"][rows].tanh()
         dcell = d * s * (1 - tanh_c**2) + dc
         parts = [dcell * g * i * (1 - i), dcell * c_prev * f * (1 - f), dcell * i * (1 - g**2)]
-        gates = torch.cat([*parts, d * tanh_c * s * (1 - s)], 1)
-        return gates, gates, dcell * f
+        return torch.cat([*parts, d * tanh_c * s * (1 - s)], 1), dcell * f
     if cell == "gru":
         r, z, n, a = o["saved"][rows].split(H, 1)
         dn = d * (1 - z) * (1 - n**2)
-        first = [dn * a * r * (1 - r), d * (h_prev - n) * z * (1 - z)]
-        return torch.cat([*first, dn], 1), torch.cat([*first, dn * r], 1), d * z
+        return torch.cat([dn * a * r * (1 - r), d * (h_prev - n) * z * (1 - z), dn, dn * r], 1), d * z
     y = o["y"][rows]
-    gates = d * (1 - y**2) if cell == "rnn_tanh" else d * (y > 0)
-    return gates, gates, torch.zeros_like(d)
+    return d * (1 - y**2) if cell == "rnn_tanh" else d * (y > 0), torch.zeros_like(d)
 
 
-def rounded_dgates(operands: Operands, layer: Layer) -> list[Tensor]:
-    """Of each direction the dgates [N, G·H] that the kernels have rounded: dW_ih of rows that are one-hot."""
-    rows = layer.rows
-    weights, dweights = list(operands["weights"]), [None] * len(operands["weights"])
-    for k in range(0, len(weights), 4):
-        weights[k] = torch.zeros(len(weights[k]), rows, dtype=BF16)
-        dweights[k] = torch.full_like(weights[k], math.nan)
-    call = operands | {"x": torch.eye(rows, dtype=BF16).view(layer.data(rows)), "weights": tuple(weights)}
-    call |= {"dx": None, "dh0": None, "dc0": None, "dweights": tuple(dweights)}
-    _cpu.backward(*call.values())
-    return [d.t().double() for d in dweights[::4]]
-
-
-def textbook_backward(
-    cell: str, layer: Layer, direction: int, o: dict[str, Tensor], given: Tensor | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The gradients that follow exactly from y, saved and cells as they are, and from the `given` dgates where the
-    kernels round them for their products; and how far off each may be, as one of the GRU's dgates is not seen: it may
-    have been rounded either way."""
+def textbook_backward(cell: str, layer: Layer, direction: int, o: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients that follow exactly from y, saved and cells as they are, and from the dgates that were found where
+    the kernels round them for their products."""
     H, has_cell = layer.hidden, WIDTHS[cell].has_cell
     dh, dc = o["grad_h_n"].clone(), o["grad_c_n"].clone() if has_cell else None
-    true = {"dx": torch.zeros_like(o["x"])}
-    true |= {f"d{kind}": torch.zeros_like(o[kind]) for kind in ("w_ih", "w_hh", "b_ih", "b_hh")}
-    slack = {name: t.clone() for name, t in true.items()} | {"dh0": torch.zeros_like(dh)}
+    out = {"dx": torch.zeros_like(o["x"]), "dgates": torch.zeros_like(o["dgates"])}
+    out |= {f"d{kind}": torch.zeros_like(o[kind]) for kind in ("w_ih", "w_hh", "b_ih", "b_hh")}
     for rows, size, last, continuing in reversed(spans(layer, direction)):
         # A sequence that has its first step here comes from the initial state.
         h_prev, c_prev = o["h0"][:size].clone(), o["c0"][:size].clone() if has_cell else None
@@ -176,41 +155,29 @@ def textbook_backward(
             h_prev[:continuing] = o["y"][last][:continuing]
             if c_prev is not None:
                 c_prev[:continuing] = o["cells"][last][:continuing]
-        d = dh[:size] + o["grad_y"][rows]
-        for_x, for_h, carried = gate_gradients(cell, o, rows, h_prev, c_prev, d, None if dc is None else dc[:size])
-        unsure = torch.zeros_like(d)
-        if given is not None:
-            # They are the right ones, whatever came before.
-            doubt = gate_gradients(cell, o, rows, h_prev, c_prev, slack["dh0"][:size], None if dc is None else 0.0 * d)
-            assert_one_rounding("dgates", given[rows].to(BF16), for_x, slack=doubt[0].abs())
-            for_x = given[rows]
-            if cell == "gru":
-                for_h = torch.cat([for_x[:, : 2 * H], for_h[:, 2 * H :].to(BF16)], 1).double()
-                unsure = 2 * UNIT * for_h[:, 2 * H :].abs()
-            else:
-                for_h = for_x
-        true["dx"][rows] = for_x @ o["w_ih"]
-        true["dw_ih"] += for_x.t() @ o["x"][rows]
-        true["dw_hh"] += for_h.t() @ h_prev
-        true["db_ih"] += for_x.sum(0)
-        true["db_hh"] += for_h.sum(0)
-        slack["dw_hh"][-H:] += unsure.t() @ h_prev.abs()
-        slack["db_hh"][-H:] += unsure.sum(0)
-        slack["dh0"][:size] = unsure @ o["w_hh"][-H:].abs()
+        d, dc_now = dh[:size] + o["grad_y"][rows], None if dc is None else dc[:size] + o["grad_cells"][rows]
+        exact, carried = gate_gradients(cell, o, rows, h_prev, c_prev, d, dc_now)
+        out["dgates"][rows] = exact
+        used = (o["dgates"][rows] if multiplies_bfloat16() else exact).split(H, 1)
+        for_x = torch.cat(used[: WIDTHS[cell].gates], 1)
+        for_h = torch.cat((*used[:2], used[3]) if cell == "gru" else used, 1)
+        out["dx"][rows] = for_x @ o["w_ih"]
+        out["dw_ih"] += for_x.t() @ o["x"][rows]
+        out["dw_hh"] += for_h.t() @ h_prev
+        out["db_ih"] += for_x.sum(0)
+        out["db_hh"] += for_h.sum(0)
         dh[:size] = for_h @ o["w_hh"]
         if dc is None:
             dh[:size] += carried
         else:
             dc[:size] = carried
-    return true | {"dh0": dh} | ({} if dc is None else {"dc0": dc}), slack
+    return out | {"dh0": dh} | ({} if dc is None else {"dc0": dc})
 
 
-def assert_one_rounding(
-    name: str, found: Tensor, true: Tensor, slack: Tensor | float = 0.0, before: Tensor | float = 0.0
-) -> None:
+def assert_one_rounding(name: str, found: Tensor, true: Tensor, before: Tensor | float = 0.0) -> None:
     """`before`: what was rounded already before something was added to it."""
     rounding = 0.0 if found.dtype is torch.float32 else UNIT
-    bound = rounding * (1 + UNIT) * (true.abs() + abs(before)) + NOISE * true.abs().max() + slack
+    bound = rounding * (1 + UNIT) * (true.abs() + abs(before)) + NOISE * true.abs().max()
     excess = (found.double() - true).abs() - bound
     assert bool((excess <= 0).all()), f"{name}: {float(excess.max()):.2e} more than one rounding"
 
@@ -236,7 +203,6 @@ def check_one_rounding(cell: str, layer: Layer) -> None:
     backward = backward_operands(forward)
     _cpu.backward(*backward.values())
     dx_before: Tensor | float = 0.0
-    given = rounded_dgates(backward, layer) if multiplies_bfloat16() else [None, None]
     for direction in range(layer.directions):
         operands = of_direction(backward, layer, direction)
         true = textbook_forward(cell, layer, direction, operands)
@@ -248,14 +214,15 @@ def check_one_rounding(cell: str, layer: Layer) -> None:
         for name, kept in zip(("saved", "cells"), forward["kept"][2 * direction :], strict=False):
             if kept is not None:
                 assert_one_rounding(name, kept, true[name])
-        true, slack = textbook_backward(cell, layer, direction, operands, given[direction])
+        true = textbook_backward(cell, layer, direction, operands)
+        assert_one_rounding("dgates", operands["dgates"].to(BF16), true["dgates"])
         for name in ("dh0", "dc0"):
             if name in true:
                 found = backward[name].reshape(layer.directions, -1, H)[direction]
-                assert_one_rounding(name, found, true[name], slack.get(name, 0.0))
+                assert_one_rounding(name, found, true[name])
         kinds = ("dw_ih", "dw_hh", "db_ih", "db_hh")
         for name, found in zip(kinds, backward["dweights"][4 * direction :], strict=False):
-            assert_one_rounding(name, found, true[name], slack[name])
+            assert_one_rounding(name, found, true[name])
         if direction == layer.directions - 1:
             dx = backward["dx"].reshape(layer.rows, -1)
             assert_one_rounding("dx", dx, true["dx"] + dx_before, before=dx_before)
@@ -333,9 +300,10 @@ def test_gradients_round_to_nearest_even(batch: int, instruction_set: str) -> No
     dx = torch.full((rows, inputs), math.nan, dtype=BF16)
     grad_y = torch.stack([g, torch.ones_like(g)], 1)
     x = torch.zeros(rows, inputs, dtype=BF16)
-    _cpu.backward(
-        "rnn_relu", x, None, None, weights, ones, (None, None), grad_y, None, None, dx, None, None, (None,) * 4, None, 1
-    )
+    gradients = {"grad_y": grad_y, "grad_h_n": None, "grad_c_n": None, "grad_cells": None}
+    results = {"dx": dx, "dh0": None, "dc0": None, "dweights": (None,) * 4, "dgates": None}
+    operands = {"x": x, "h0": None, "c0": None, "weights": weights, "y": ones, "kept": (None, None)}
+    _cpu.backward(cell="rnn_relu", **operands, **gradients, **results, batch_sizes=None, threads=1)
     g, w = g.float()[:, None], w.float()
     if multiplies_bfloat16():
         g, w = flushed(g), flushed(w)
@@ -366,10 +334,12 @@ def test_every_value_passes_unchanged(hidden: int, instruction_set: str) -> None
         "grad_y": None,
         "grad_h_n": None,
         "grad_c_n": states[None],
+        "grad_cells": None,
         # Its gates' gradients are not finite, so nothing may be multiplied by them.
         "dx": None,
         "dh0": None,
         "dweights": (None,) * 4,
+        "dgates": None,
     }
     _cpu.backward(*backward.values())
     assert_same_numbers(backward["dc0"][0], states)

@@ -28,9 +28,9 @@ LAYERS = {
     "both_ways": Layer((5,) * 4, H, inputs=3, directions=2),
     "step": Layer((5,), H, inputs=3, single_step=True),
 }
-DATA = {"x", "y", "grad_y", "dx"}
+DATA = {"x", "y", "grad_y", "grad_cells", "dx", "dgates"}
 # Operands that the kernels can do without; and elements of tuples likewise.
-OPTIONAL = {"h0", "c0", "grad_y", "grad_h_n", "grad_c_n", "dx", "dh0", "dc0"}
+OPTIONAL = {"h0", "c0", "grad_y", "grad_h_n", "grad_c_n", "grad_cells", "dx", "dh0", "dc0", "dgates"}
 EVERY = [(f, c, kind) for f in ("forward", "backward") for c in CELLS for kind in LAYERS]
 
 

@@ -175,8 +175,8 @@ struct BackwardPass {
     int64_t saved_stride, gate_stride;
     const E* y;
     int64_t y_stride;
-    const T* cells;
-    int64_t cells_stride;
+    const T *cells, *grad_cells;
+    int64_t cells_stride, grad_cells_stride;
     // The state before the step: of the step before in time, for so many rows, and else the layer's first.
     int64_t with_prev;
     const E* y_prev;
@@ -263,6 +263,8 @@ struct BackwardPass {
     if constexpr (Cell::has_cell) {
       c.cells = at<const T>(p.cells, flat, unit);
       c.cells_stride = p.cells.stride;
+      if (p.grad_cells.data != nullptr) c.grad_cells = at<const T>(p.grad_cells, flat, unit);
+      c.grad_cells_stride = p.grad_cells.stride;
     }
     c.with_prev = active_rows(p, t_prev) - place.row;
     if (c.with_prev > 0) {
@@ -299,6 +301,9 @@ struct BackwardPass {
         s.c_prev = m < c.with_prev ? lanes.load(c.cells_prev + m * c.cells_stride) : first;
       }
       if constexpr (Cell::has_carry) s.carry = S::load(c.carry + m * c.carry_stride);
+      if constexpr (Cell::has_cell) {
+        if (c.grad_cells != nullptr) s.carry = s.carry + lanes.load(c.grad_cells + m * c.grad_cells_stride);
+      }
       Cell::template backward<Math>(s);
 #pragma GCC unroll 4
       for (int g = 0; g < Cell::dgates; ++g) {

@@ -63,6 +63,12 @@ struct Gradients {
     if (p.dx.data != nullptr) {
       input_gradient(p, plan, chunk, dgates, share_of(rows, rank, size), share_of(rows, rank + 1, size));
     }
+    if (p.dgates.data != nullptr) {
+      for (int64_t row = share_of(rows, rank, size); row < share_of(rows, rank + 1, size); ++row) {
+        narrow_row<S>(dgates + row * dgates_stride(p), Cell::dgates * p.hidden,
+                      at<E>(p.dgates, p.offsets[chunk.first] + row, 0), false);
+      }
+    }
     const bool again = chunk.index > 0;
     if constexpr (narrow_products) pair_rows(p, plan, dgates, rows, rank, size);
     if (p.dweight_ih.data != nullptr) {

@@ -115,8 +115,8 @@ void copy_row(const Bf16* from, int64_t count, Bf16* to) {
 }
 
 // And back, perhaps added to what is there.
-template <class S, class E>
-void narrow_row(const typename S::Scalar* from, int64_t count, E* to, bool add) {
+template <class S, class A, class E>
+void narrow_row(const A* from, int64_t count, E* to, bool add) {
   for (int64_t i = 0; i < count; i += S::lanes) {
     with_lanes<S>(count - i, [&](const auto& lanes) {
       const auto v = lanes.load(from + i);

@@ -1,0 +1,210 @@
+"""A recurrent layer as operators of torch, for whoever must see operators: torch.compile, torch.export, dispatch modes.
+
+``torch.ops.pyrnnfast.layer`` and ``layer_backward`` are opaque: no trace goes through their steps, so that a compiled
+graph serves any T and B. They are differentiable to any order, the first by kernels. Eager calls take a lighter way
+(autograd.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import Outputs, differentiable, differentiable_backward
+from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
+
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+# Fixed numbers of results: what does not apply, or is not asked for, has no elements.
+torch.library.define(
+    "pyrnnfast::layer",
+    "(str cell, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor?[] weights, bool keep, bool cell_states)"
+    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+)
+# Of x, h0, c0 and each weight those gradients that are needed.
+torch.library.define(
+    "pyrnnfast::layer_backward",
+    "(str cell, bool[] needs, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor?[] weights, Tensor y,"
+    " Tensor gates, Tensor cells, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells) -> Tensor[]",
+)
+
+
+def _room(
+    cell: str, x: Tensor, weights: Sequence[Tensor | None], keep: bool, cell_states: bool
+) -> tuple[Tensor, Tensor]:
+    """gates [..., D·saved·H] and cells [..., D·H]."""
+    has_gates, has_cells = keep and CELLS[cell].saved > 0, CELLS[cell].has_cell and (keep or cell_states)
+    gates = room_for_gates(cell, x, weights) if has_gates else x.new_empty(0)
+    return gates, room_for_cells(x, weights) if has_cells else x.new_empty(0)
+
+
+def _kept(cell: str, gates: Tensor, cells: Tensor, weights: Sequence[Tensor | None]) -> Tensors:
+    return side_by_side(gates if CELLS[cell].saved else None, cells if CELLS[cell].has_cell else None, weights)
+
+
+@torch.library.impl("pyrnnfast::layer", "CPU")
+def _layer(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    keep: bool,
+    cell_states: bool,
+) -> Five:
+    gates, cells = _room(cell, x, weights, keep, cell_states)
+    kept: Tensors = ()
+    if keep:
+        kept = _kept(cell, gates, cells, weights)
+    elif cell_states:
+        kept = side_by_side(None, cells, weights)
+    y, h_n, c_n, _ = forward(cell, x, batch_sizes, h0, c0, weights, kept)
+    return y, h_n, x.new_empty(0) if c_n is None else c_n, gates, cells
+
+
+@torch.library.register_fake("pyrnnfast::layer")  # type: ignore[untyped-decorator]
+def _fake_layer(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    keep: bool,
+    cell_states: bool,
+) -> Five:
+    directions, hidden = sizes(weights)
+    batch: int | torch.SymInt = x.shape[1] if h0 is None else h0.shape[1]
+    if batch_sizes is not None and h0 is None:  # the first of them, which nobody knows here
+        batch = torch.library.get_ctx().new_dynamic_size()
+    h_n = x.new_empty(directions, batch, hidden)
+    c_n = torch.empty_like(h_n) if CELLS[cell].has_cell else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], directions * hidden), h_n, c_n, *_room(cell, x, weights, keep, cell_states)
+
+
+@torch.library.impl("pyrnnfast::layer_backward", "CPU")
+def _layer_backward(
+    cell: str,
+    needs: Sequence[bool],
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
+) -> list[Tensor]:
+    upstream = Upstream(grad_y, grad_h_n, grad_c_n, grad_cells)
+    kept = _kept(cell, gates, cells, weights)
+    found = backward(cell, needs, x, batch_sizes, h0, c0, weights, y, kept, upstream)
+    return [g for g in (found.x, found.h0, found.c0, *found.weights) if g is not None]
+
+
+@torch.library.register_fake("pyrnnfast::layer_backward")  # type: ignore[untyped-decorator]
+def _fake_layer_backward(
+    cell: str,
+    needs: Sequence[bool],
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    *_: Tensor | None,
+) -> list[Tensor]:
+    operands = zip((x, h0, c0, *weights), needs, strict=True)
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in operands if need and t is not None
+    ]
+
+
+def _spread(found: Sequence[Tensor], needs: Sequence[bool], operands: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Each to its operand, None where there is none."""
+    results = iter(found)
+    return [next(results) if need and t is not None else None for t, need in zip(operands, needs, strict=True)]
+
+
+def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
+    cell, x, batch_sizes, h0, c0, weights, ctx.keep, _ = inputs
+    ctx.cell, ctx.count = cell, len(weights)
+    ctx.set_materialize_grads(False)
+    y, _, _, gates, cells = output
+    ctx.mark_non_differentiable(gates)
+    ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, y, gates, cells)
+
+
+def _backward_of_layer(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if not ctx.keep:
+        raise RuntimeError("pyrnnfast::layer was called with keep=False, so there is nothing to go back through")
+    x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
+    weights, (y, gates, cells) = rest[: ctx.count], rest[ctx.count :]
+    grad_y, grad_h_n, grad_c_n, _, grad_cells = grads
+    if not CELLS[ctx.cell].has_cell:
+        grad_c_n = grad_cells = None
+    nothing = None, None, None, None, None, [None] * ctx.count, None, None
+    if grad_y is None and grad_h_n is None and grad_c_n is None and grad_cells is None:
+        return nothing
+    _, need_x, _, need_h0, need_c0, need_weights, *_ = ctx.needs_input_grad
+    needs = [bool(n) for n in (need_x, need_h0, need_c0, *need_weights)]
+    found = torch.ops.pyrnnfast.layer_backward(
+        ctx.cell, needs, x, batch_sizes, h0, c0, weights, y, gates, cells, grad_y, grad_h_n, grad_c_n, grad_cells
+    )
+    dx, dh0, dc0, *dweights = _spread(found, needs, (x, h0, c0, *weights))
+    return None, dx, None, dh0, dc0, dweights, None, None
+
+
+torch.library.register_autograd("pyrnnfast::layer", _backward_of_layer, setup_context=_setup_layer)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    cell, needs, x, batch_sizes, h0, c0, weights, _, _, _, *grads = inputs
+    ctx.cell, ctx.needs, ctx.count = cell, needs, len(weights)
+    ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, *grads)
+
+
+def _backward_of_backward(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
+    """The kept results are functions of the operands, and the reference knows which: all goes to the operands."""
+    x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
+    weights, grads = rest[: ctx.count], rest[ctx.count :]
+    operands, again = (x, h0, c0, *weights), torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [None if t is None else t.detach().requires_grad_() if not t.requires_grad else t for t in operands]
+        upstream = [None if g is None else g.detach().requires_grad_() if not g.requires_grad else g for g in grads]
+        data, *rest = own
+        assert data is not None
+        found = differentiable_backward(
+            ctx.cell, ctx.needs, data, batch_sizes, rest[0], rest[1], rest[2:], Upstream(*upstream)
+        )
+        results = [g for g in (found.x, found.h0, found.c0, *found.weights) if g is not None]
+        asked = [t for t in (*own, *upstream) if t is not None]
+        second = torch.autograd.grad(
+            results, asked, grad, create_graph=again, allow_unused=True, materialize_grads=True
+        )
+    dx, dh0, dc0, *others = _spread(second, [True] * (len(own) + len(upstream)), (*own, *upstream))
+    return None, None, dx, None, dh0, dc0, others[: ctx.count], None, None, None, *others[ctx.count :]
+
+
+torch.library.register_autograd("pyrnnfast::layer_backward", _backward_of_backward, setup_context=_setup_backward)
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    cell_states: bool,
+) -> Outputs:
+    """:func:`pyrnnfast.autograd.layer` by way of the operators."""
+    keep = differentiable(x, h0, c0, *weights)
+    y, h_n, c_n, _, cells = torch.ops.pyrnnfast.layer(cell, x, batch_sizes, h0, c0, list(weights), keep, cell_states)
+    if not CELLS[cell].has_cell:
+        return Outputs(y, h_n, None, None)
+    return Outputs(y, h_n, c_n, cells if cell_states else None)

@@ -1,0 +1,201 @@
+"""A recurrent layer under torch.func: grad, vmap, and vmap over grad, on the kernels; what is deeper, on the reference.
+
+vmap folds its dimension into the batch. Where the weights are mapped (an ensemble), each member runs by itself. The
+gradients of each sample (vmap over grad) come from one pass back through time: it yields the gate gradients, and each
+sample's weight gradients are products of its own rows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+
+from .autograd import Outputs, differentiable_backward, reference_layer
+from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
+
+# What the functions below are made for, the outermost first.
+_SERVED = (
+    [TransformType.Grad],
+    [TransformType.Vmap],
+    [TransformType.Vmap, TransformType.Vmap],
+    [TransformType.Vmap, TransformType.Grad],
+)
+
+
+class _Layer(torch.autograd.Function):
+    """y, h_n, c_n, cells, gates = layer(cell, x, h0, c0, *weights)
+
+    Dense, with the batch in dimension 1 of all: x [T, B, I], y and cells [T, B, D·H], gates [T, B, D·saved·H], states
+    [D, B, H]. What a cell does not have is None.
+    """
+
+    @staticmethod
+    def forward(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None) -> Tensors:
+        cells = room_for_cells(x, weights) if CELLS[cell].has_cell else None
+        gates = room_for_gates(cell, x, weights) if CELLS[cell].saved else None
+        kept = side_by_side(gates, cells, weights)
+        y, h_n, c_n, _ = forward(cell, x, None, h0, c0, weights, kept)
+        return y, h_n, c_n, cells, gates
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        cell, x, h0, c0, *weights = inputs
+        y, _, _, cells, gates = output
+        ctx.cell, ctx.count = cell, len(weights)
+        if gates is not None:
+            ctx.mark_non_differentiable(gates)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, c0, *weights, y, gates, cells)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h0, c0, *rest = ctx.saved_tensors
+        weights, kept = rest[: ctx.count], rest[ctx.count :]
+        _, *needs = ctx.needs_input_grad
+        upstream = grads[:4]
+        if all(g is None for g in upstream):
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            found = differentiable_backward(ctx.cell, needs, x, None, h0, c0, weights, Upstream(*upstream))
+            return None, found.x, found.h0, found.c0, *found.weights
+        *found, _ = _Backward.apply(ctx.cell, tuple(needs), False, x, h0, c0, *kept, *upstream, *weights)
+        return None, *found
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], cell: str, *operands: Any) -> tuple[Any, Any]:
+        data, weights = operands[:3], operands[3:]
+        data_dims, weight_dims = in_dims[1:4], in_dims[4:]
+        if any(d is not None for d in weight_dims):
+            return _one_by_one(lambda *one: _Layer.apply(cell, *one), info.batch_size, in_dims[1:], operands)
+        folded = [_fold(t, d, info.batch_size) for t, d in zip(data, data_dims, strict=True)]
+        return _unfolded(_Layer.apply(cell, *folded, *weights), info.batch_size)
+
+
+class _Backward(torch.autograd.Function):
+    """dx, dh0, dc0, *dweights, dgates = backward(cell, needs, dgates?, x, h0, c0, y, gates, cells, *grads, *weights)
+
+    The batch in dimension 1 of all but the weights, as above; dgates [T, B, D·dgates·H].
+    """
+
+    @staticmethod
+    def forward(cell: str, needs: tuple[bool, ...], with_dgates: bool, *operands: Tensor | None) -> Tensors:
+        x, h0, c0, y, gates, cells, *rest = operands
+        upstream, weights = Upstream(*rest[:4]), rest[4:]
+        assert x is not None
+        assert y is not None
+        directions, hidden = sizes(weights)
+        dgates = x.new_empty(*x.shape[:2], directions * CELLS[cell].dgates * hidden) if with_dgates else None
+        kept = side_by_side(gates, cells, weights)
+        found = backward(cell, needs, x, None, h0, c0, weights, y, kept, upstream, dgates)
+        return found.x, found.h0, found.c0, *found.weights, dgates
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise NotImplementedError("the gradient of a gradient goes through the reference (transforms.layer)")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], cell: str, needs: tuple[bool, ...], with_dgates: bool, *operands: Any
+    ) -> tuple[Any, Any]:
+        dims, size = in_dims[3:], info.batch_size
+        if any(d is not None for d in dims[10:]):
+            return _one_by_one(lambda *one: _Backward.apply(cell, needs, with_dgates, *one), size, dims, operands)
+        weights = operands[10:]
+        folded = [_fold(t, d, size) for t, d in zip(operands[:10], dims, strict=False)]
+        of_weights = (False,) * len(weights)
+        (*found, dgates), _ = _unfolded(_Backward.apply(cell, needs[:3] + of_weights, True, *folded, *weights), size)
+        if any(needs[3:]):
+            x, h0, _, y = (None if t is None else t.unflatten(1, (size, -1)) for t in folded[:4])
+            assert x is not None
+            assert y is not None
+            assert dgates is not None
+            found[3:] = _weight_gradients(cell, needs[3:], x, h0, y, dgates)
+        results = *found, dgates if with_dgates else None
+        ours = [None if t is None else 1 for t in found[:3]] + [None if t is None else 0 for t in found[3:]]
+        return results, (*ours, 1 if with_dgates else None)
+
+
+def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """The mapped dimension made one with the batch."""
+    if t is None:
+        return None
+    mapped = t.unsqueeze(1).expand(t.shape[0], size, *t.shape[1:]) if dim is None else t.movedim(dim, 1)
+    return mapped.flatten(1, 2)
+
+
+def _unfolded(results: Sequence[Tensor | None], size: int) -> tuple[Tensors, tuple[int | None, ...]]:
+    """And back, with the places of the mapped dimensions."""
+    found = tuple(None if t is None else t.unflatten(1, (size, -1)) for t in results)
+    return found, tuple(None if t is None else 1 for t in found)
+
+
+def _one_by_one(
+    call: Callable[..., Any], size: int, dims: Sequence[int | None], operands: Sequence[Tensor | None]
+) -> tuple[Tensors, tuple[int | None, ...]]:
+    """Each of the mapped calls by itself, the results stacked."""
+    runs = [
+        call(*(t if t is None or d is None else t.select(d, k) for t, d in zip(operands, dims, strict=True)))
+        for k in range(size)
+    ]
+    found = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*runs, strict=True))
+    return found, tuple(None if t is None else 0 for t in found)
+
+
+def _weight_gradients(
+    cell: str, needs: Sequence[bool], x: Tensor, h0: Tensor | None, y: Tensor, dgates: Tensor
+) -> list[Tensor | None]:
+    """Of each sample: the products of its own rows.
+
+    Args:
+        x, h0, y, dgates: [T or D, samples, B, ...]
+    """
+    directions = len(needs) // 4
+    found: list[Tensor | None] = []
+    for d in range(directions):
+        states, own = y.chunk(directions, -1)[d], dgates.chunk(directions, -1)[d]
+        first = torch.zeros_like(states[:1]) if h0 is None else h0[d : d + 1]
+        previous = torch.cat([first, states[:-1]] if d == 0 else [states[1:], first])
+        parts = own.chunk(CELLS[cell].dgates, -1)
+        for_x, for_h = parts[: CELLS[cell].gates], parts
+        if cell == "gru":  # r, z, n and the recurrent half of n
+            for_h = (*parts[:2], parts[3])
+        left_x, left_h, x_rows, h_rows = (
+            t.movedim(1, 0).flatten(1, 2) for t in (torch.cat(for_x, -1), torch.cat(for_h, -1), x, previous)
+        )
+        need = needs[4 * d : 4 * d + 4]
+        found += [
+            left_x.mT @ x_rows if need[0] else None,
+            left_h.mT @ h_rows if need[1] else None,
+            left_x.sum(1) if need[2] else None,
+            left_h.sum(1) if need[3] else None,
+        ]
+    return found
+
+
+def on_kernels(packed: bool) -> bool:
+    """Whether the kernels serve the transforms that are active; forward mode is one of them."""
+    active = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
+    return not packed and active in _SERVED and torch.autograd.forward_ad._current_level < 0
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    cell_states: bool,
+) -> Outputs:
+    """:func:`pyrnnfast.autograd.layer` under the transforms that are active."""
+    if not on_kernels(batch_sizes is not None):
+        found = reference_layer(cell, x, batch_sizes, h0, c0, weights)
+        return found if cell_states else found._replace(cells=None)
+    y, h_n, c_n, cells, _ = _Layer.apply(cell, x, h0, c0, *weights)
+    return Outputs(y, h_n, c_n, cells if cell_states else None)
