@@ -127,7 +127,7 @@ def _input_obstacle(spec: Spec, input: Any, like: Tensor) -> str | None:
     if packed:
         if data.dim() != 2:
             return f"packed data has {data.dim()} dimensions"
-        order = input.sorted_indices
+        order = None if torch.compiler.is_compiling() else input.sorted_indices
         if order is not None and order.shape != (int(input.batch_sizes[0]),):
             return "sorted_indices do not fit the batch"
     elif data.dim() not in (time_dimensions + 1, time_dimensions + 2):
@@ -157,9 +157,14 @@ def _operands_obstacle(spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) 
     states = _states_of(spec, hx)
     if states is None:
         return "hx is no pair (h0, c0)"
-    expected = state_shape(spec, input)
+    if not states:
+        return None
+    # The batch size of packed input is a value, which nobody knows while a graph is recorded: the kernels will see.
+    unknown = isinstance(input, PackedSequence) and torch.compiler.is_compiling()
     for state in states:
-        reason = _tensor_obstacle("hx", state, weights[0]) or _shape_obstacle("hx", state, expected)
+        reason = _tensor_obstacle("hx", state, weights[0])
+        if reason is None and not unknown:
+            reason = _shape_obstacle("hx", state, state_shape(spec, input))
         if reason is not None:
             return reason
     return None

@@ -16,18 +16,27 @@ from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells,
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# Fixed numbers of results: what does not apply, or is not asked for, has no elements.
+# Weights are two or four for each direction. Results are always five: what does not apply, or is not asked for, has no
+# elements.
 torch.library.define(
     "pyrnnfast::layer",
-    "(str cell, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor?[] weights, bool keep, bool cell_states)"
-    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+    "(str cell, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, int directions, bool keep,"
+    " bool cell_states) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
 )
 # Of x, h0, c0 and each weight those gradients that are needed.
 torch.library.define(
     "pyrnnfast::layer_backward",
-    "(str cell, bool[] needs, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor?[] weights, Tensor y,"
-    " Tensor gates, Tensor cells, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells) -> Tensor[]",
+    "(str cell, bool[] needs, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, int directions,"
+    " Tensor y, Tensor gates, Tensor cells, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells)"
+    " -> Tensor[]",
 )
+
+
+def _with_biases(weights: Sequence[Tensor], directions: int) -> list[Tensor | None]:
+    """Four for each direction."""
+    per_direction = len(weights) // directions
+    parts = [weights[k : k + per_direction] for k in range(0, len(weights), per_direction)]
+    return [t for part in parts for t in (*part, *(None,) * (4 - per_direction))]
 
 
 def _room(
@@ -50,17 +59,19 @@ def _layer(
     batch_sizes: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    directions: int,
     keep: bool,
     cell_states: bool,
 ) -> Five:
-    gates, cells = _room(cell, x, weights, keep, cell_states)
+    given = _with_biases(weights, directions)
+    gates, cells = _room(cell, x, given, keep, cell_states)
     kept: Tensors = ()
     if keep:
-        kept = _kept(cell, gates, cells, weights)
+        kept = _kept(cell, gates, cells, given)
     elif cell_states:
-        kept = side_by_side(None, cells, weights)
-    y, h_n, c_n, _ = forward(cell, x, batch_sizes, h0, c0, weights, kept)
+        kept = side_by_side(None, cells, given)
+    y, h_n, c_n, _ = forward(cell, x, batch_sizes, h0, c0, given, kept)
     return y, h_n, x.new_empty(0) if c_n is None else c_n, gates, cells
 
 
@@ -71,17 +82,19 @@ def _fake_layer(
     batch_sizes: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    directions: int,
     keep: bool,
     cell_states: bool,
 ) -> Five:
-    directions, hidden = sizes(weights)
+    given = _with_biases(weights, directions)
+    _, hidden = sizes(given)
     batch: int | torch.SymInt = x.shape[1] if h0 is None else h0.shape[1]
     if batch_sizes is not None and h0 is None:  # the first of them, which nobody knows here
         batch = torch.library.get_ctx().new_dynamic_size()
     h_n = x.new_empty(directions, batch, hidden)
     c_n = torch.empty_like(h_n) if CELLS[cell].has_cell else x.new_empty(0)
-    return x.new_empty(*x.shape[:-1], directions * hidden), h_n, c_n, *_room(cell, x, weights, keep, cell_states)
+    return x.new_empty(*x.shape[:-1], directions * hidden), h_n, c_n, *_room(cell, x, given, keep, cell_states)
 
 
 @torch.library.impl("pyrnnfast::layer_backward", "CPU")
@@ -92,7 +105,8 @@ def _layer_backward(
     batch_sizes: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    directions: int,
     y: Tensor,
     gates: Tensor,
     cells: Tensor,
@@ -102,8 +116,10 @@ def _layer_backward(
     grad_cells: Tensor | None,
 ) -> list[Tensor]:
     upstream = Upstream(grad_y, grad_h_n, grad_c_n, grad_cells)
-    kept = _kept(cell, gates, cells, weights)
-    found = backward(cell, needs, x, batch_sizes, h0, c0, weights, y, kept, upstream)
+    given = _with_biases(weights, directions)
+    kept = _kept(cell, gates, cells, given)
+    needed = _with_biases(needs[3:], directions)  # type: ignore[arg-type]
+    found = backward(cell, [*needs[:3], *(bool(n) for n in needed)], x, batch_sizes, h0, c0, given, y, kept, upstream)
     return [g for g in (found.x, found.h0, found.c0, *found.weights) if g is not None]
 
 
@@ -115,8 +131,8 @@ def _fake_layer_backward(
     batch_sizes: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: Sequence[Tensor | None],
-    *_: Tensor | None,
+    weights: Sequence[Tensor],
+    *_: Any,
 ) -> list[Tensor]:
     operands = zip((x, h0, c0, *weights), needs, strict=True)
     return [
@@ -131,8 +147,8 @@ def _spread(found: Sequence[Tensor], needs: Sequence[bool], operands: Sequence[T
 
 
 def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
-    cell, x, batch_sizes, h0, c0, weights, ctx.keep, _ = inputs
-    ctx.cell, ctx.count = cell, len(weights)
+    ctx.cell, x, batch_sizes, h0, c0, weights, ctx.directions, ctx.keep, _ = inputs
+    ctx.count = len(weights)
     ctx.set_materialize_grads(False)
     y, _, _, gates, cells = output
     ctx.mark_non_differentiable(gates)
@@ -147,24 +163,38 @@ def _backward_of_layer(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grad_y, grad_h_n, grad_c_n, _, grad_cells = grads
     if not CELLS[ctx.cell].has_cell:
         grad_c_n = grad_cells = None
-    nothing = None, None, None, None, None, [None] * ctx.count, None, None
+    nothing = None, None, None, None, None, [None] * ctx.count, None, None, None
     if grad_y is None and grad_h_n is None and grad_c_n is None and grad_cells is None:
         return nothing
     _, need_x, _, need_h0, need_c0, need_weights, *_ = ctx.needs_input_grad
     needs = [bool(n) for n in (need_x, need_h0, need_c0, *need_weights)]
     found = torch.ops.pyrnnfast.layer_backward(
-        ctx.cell, needs, x, batch_sizes, h0, c0, weights, y, gates, cells, grad_y, grad_h_n, grad_c_n, grad_cells
+        ctx.cell,
+        needs,
+        x,
+        batch_sizes,
+        h0,
+        c0,
+        weights,
+        ctx.directions,
+        y,
+        gates,
+        cells,
+        grad_y,
+        grad_h_n,
+        grad_c_n,
+        grad_cells,
     )
     dx, dh0, dc0, *dweights = _spread(found, needs, (x, h0, c0, *weights))
-    return None, dx, None, dh0, dc0, dweights, None, None
+    return None, dx, None, dh0, dc0, dweights, None, None, None
 
 
 torch.library.register_autograd("pyrnnfast::layer", _backward_of_layer, setup_context=_setup_layer)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    cell, needs, x, batch_sizes, h0, c0, weights, _, _, _, *grads = inputs
-    ctx.cell, ctx.needs, ctx.count = cell, needs, len(weights)
+    ctx.cell, ctx.needs, x, batch_sizes, h0, c0, weights, ctx.directions, _, _, _, *grads = inputs
+    ctx.count = len(weights)
     ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, *grads)
 
 
@@ -176,10 +206,13 @@ def _backward_of_backward(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
     with torch.enable_grad():
         own = [None if t is None else t.detach().requires_grad_() if not t.requires_grad else t for t in operands]
         upstream = [None if g is None else g.detach().requires_grad_() if not g.requires_grad else g for g in grads]
-        data, *rest = own
+        data, first, first_cell, *of_weights = own
         assert data is not None
+        given = _with_biases(of_weights, ctx.directions)  # type: ignore[arg-type]
+        needed = _with_biases(ctx.needs[3:], ctx.directions)
+        needs = [*ctx.needs[:3], *(bool(n) for n in needed)]
         found = differentiable_backward(
-            ctx.cell, ctx.needs, data, batch_sizes, rest[0], rest[1], rest[2:], Upstream(*upstream)
+            ctx.cell, needs, data, batch_sizes, first, first_cell, given, Upstream(*upstream)
         )
         results = [g for g in (found.x, found.h0, found.c0, *found.weights) if g is not None]
         asked = [t for t in (*own, *upstream) if t is not None]
@@ -187,7 +220,7 @@ def _backward_of_backward(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
             results, asked, grad, create_graph=again, allow_unused=True, materialize_grads=True
         )
     dx, dh0, dc0, *others = _spread(second, [True] * (len(own) + len(upstream)), (*own, *upstream))
-    return None, None, dx, None, dh0, dc0, others[: ctx.count], None, None, None, *others[ctx.count :]
+    return None, None, dx, None, dh0, dc0, others[: ctx.count], None, None, None, None, *others[ctx.count :]
 
 
 torch.library.register_autograd("pyrnnfast::layer_backward", _backward_of_backward, setup_context=_setup_backward)
@@ -204,7 +237,22 @@ def layer(
 ) -> Outputs:
     """:func:`pyrnnfast.autograd.layer` by way of the operators."""
     keep = differentiable(x, h0, c0, *weights)
-    y, h_n, c_n, _, cells = torch.ops.pyrnnfast.layer(cell, x, batch_sizes, h0, c0, list(weights), keep, cell_states)
+    given = [w for w in weights if w is not None]
+    y, h_n, c_n, _, cells = torch.ops.pyrnnfast.layer(
+        cell, x, batch_sizes, h0, c0, given, len(weights) // 4, keep, cell_states
+    )
     if not CELLS[cell].has_cell:
         return Outputs(y, h_n, None, None)
     return Outputs(y, h_n, c_n, cells if cell_states else None)
+
+
+def enable_compile() -> None:
+    """Lets ``torch.compile`` and strict ``torch.export`` take our layers in.
+
+    They refuse every instance of torch.nn.RNN, GRU or LSTM, which ours are too, unless
+    ``torch._dynamo.config.allow_rnn`` is set; this sets it. Layers of torch.nn itself are then traced as well, step by
+    step. Cells, the functional form and ``torch.export`` that is not strict need nothing.
+    """
+    import torch._dynamo.config  # takes more than a second: not for those who do not compile
+
+    torch._dynamo.config.allow_rnn = True

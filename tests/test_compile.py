@@ -1,0 +1,305 @@
+"""torch.compile, torch.export, and the operators underneath."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from cases import CELLS, Case, gradients
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import pyrnnfast
+from pyrnnfast import functional, ops
+
+SHAPES = ((3, 2), (5, 4), (7, 3), (9, 6))
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for cell in CELLS:
+        plain = Case(cell, inputs=3, hidden=5)
+        cases += [
+            plain,
+            replace(plain, layers=2, bidirectional=True, initial=False),
+            replace(plain, bias=False, batch_first=True),
+            replace(plain, single_step=True),
+        ]
+    return cases
+
+
+every_case = pytest.mark.parametrize("case", _cases(), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=False):
+        pyrnnfast.enable_compile()
+        yield
+    torch._dynamo.reset()
+
+
+def assert_same(case: Case, ours: Callable[..., Any], eager: torch.nn.Module, train: bool) -> None:
+    x, states = case.operands()
+    if not train:
+        x, states = x.detach(), tuple(s.detach() for s in states)
+    found, expected = case.run(ours, x, states), case.run(eager, x, states)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected)
+    if train:
+        torch.testing.assert_close(gradients(eager, x, states, found), gradients(eager, x, states, expected))
+
+
+@every_case
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+def test_one_graph_for_every_shape(case: Case, train: bool) -> None:
+    """The first shape has a graph of its own, and the second one another, which serves all others."""
+    module = case.module(pyrnnfast)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    with torch.set_grad_enabled(train):
+        for steps, batch in SHAPES:
+            assert_same(replace(case, steps=steps, batch=batch), compiled, module, train)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_inductor(cell: str) -> None:
+    case = Case(cell, layers=2)
+    module = case.module(pyrnnfast)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for steps, batch in SHAPES[:2]:
+        assert_same(replace(case, steps=steps, batch=batch), compiled, module, train=True)
+
+
+def test_a_long_sequence_is_not_unrolled() -> None:
+    module = pyrnnfast.LSTM(3, 4)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(module, backend=record, fullgraph=True)(torch.randn(500, 2, 3))
+    assert len(graphs[0].graph.nodes) < 20
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_functional_form(cell: str) -> None:
+    case = Case(cell)
+    module = case.module(pyrnnfast)
+    weights = list(module.parameters())
+    name, options = (cell, {}) if cell in ("gru", "lstm") else ("rnn", {"nonlinearity": cell[4:]})
+
+    def call(x: Tensor, hx: Any) -> Any:
+        return getattr(functional, name)(x, hx, weights, **options)
+
+    assert_same(case, torch.compile(call, backend="aot_eager", fullgraph=True), module, train=True)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_input(cell: str) -> None:
+    case = Case(cell, lengths=(4, 3, 1), bidirectional=True)
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+    packed = case.packed(x)
+    assert isinstance(packed, PackedSequence)
+
+    def call(data: Tensor, batch_sizes: Tensor, hx: Any) -> Any:
+        output, final = module(PackedSequence(data, batch_sizes), hx)
+        return output.data, final
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    args = packed.data.detach(), packed.batch_sizes, case.hx(states)
+    torch.testing.assert_close(compiled(*args), call(*args))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_inside_and_outside(cell: str) -> None:
+    case = Case(cell)
+    module = case.module(pyrnnfast)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x, states = case.operands()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = case.run(compiled, x, states), case.run(module, x, states)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(module, x, states, found), gradients(module, x, states, expected))
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_what_is_not_served_is_traced_as_torch_has_it(name: str) -> None:
+    module = getattr(pyrnnfast, name)(3, 4).half()
+    x = torch.randn(3, 2, 3).half()
+    compiled = torch.compile(module, backend="aot_eager")
+    torch.testing.assert_close(compiled(x)[0], module(x)[0])
+
+
+def test_without_being_enabled_layers_raise_and_cells_do_not() -> None:
+    cell = pyrnnfast.LSTMCell(3, 4)
+    with torch._dynamo.config.patch(allow_rnn=False):
+        torch.compile(cell, backend="aot_eager", fullgraph=True)(torch.randn(2, 3))
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="allow_rnn"):
+            torch.compile(pyrnnfast.LSTM(3, 4), backend="aot_eager", fullgraph=True)(torch.randn(2, 2, 3))
+
+
+# Export -----------------------------------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
+def test_export_with_any_batch_and_time(case: Case, strict: bool) -> None:
+    module = case.module(pyrnnfast).eval()
+    batch = torch.export.Dim("batch", max=1000)
+    lead = {0: batch} if case.single_step else {0: torch.export.Dim("time", max=1000), 1: batch}
+    if case.batch_first:
+        lead = {0: lead[1], 1: lead[0]}
+    state = {0: batch} if case.single_step else {1: batch}
+    x, states = (t.detach() for t in case.operands()[:1]), tuple(s.detach() for s in case.operands()[1])
+    hx = case.hx(states)
+    dynamic = (lead, None if hx is None else (state, state) if case.cell == "lstm" else state)
+    program = torch.export.export(module, (*x, hx), dynamic_shapes=dynamic, strict=strict)
+    exported = program.module()
+    for steps, size in SHAPES:
+        assert_same(replace(case, steps=steps, batch=size), exported, module, train=False)
+
+
+def test_an_exported_program_is_saved_and_loaded(tmp_path: Any) -> None:
+    module, x = pyrnnfast.GRU(3, 4), torch.randn(5, 2, 3)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "gru.pt2")
+    found = torch.export.load(tmp_path / "gru.pt2").module()(x)
+    torch.testing.assert_close(found, module(x))
+
+
+# The operators ----------------------------------------------------------------------------------------------------
+
+
+def layer_operands(cell: str, packed: bool, directions: int, grad: bool) -> tuple[Any, ...]:
+    case = Case(cell, steps=4, batch=3, bidirectional=directions == 2)
+    module = case.module(pyrnnfast, torch.float64)
+    x, states = case.operands(torch.float64)
+    batch_sizes = torch.tensor([3, 3, 1]) if packed else None
+    data = x.detach().flatten(0, 1)[:7] if packed else x.detach()
+    operands = (cell, data, batch_sizes, *(s.detach() for s in states), *(None,) * (2 - len(states)))
+    weights = [w.detach() for w in module.parameters()]
+    if grad:
+        operands = tuple(t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in operands)
+        weights = [w.requires_grad_() for w in weights]
+    return *operands, weights, directions, True, cell == "lstm"
+
+
+every_layer = pytest.mark.parametrize(
+    ("packed", "directions"), [(False, 1), (False, 2), (True, 1), (True, 2)], ids=["dense", "bi", "packed", "packed_bi"]
+)
+
+
+@every_layer
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_of_layer(cell: str, grad: bool, packed: bool, directions: int) -> None:
+    torch.library.opcheck(torch.ops.pyrnnfast.layer, layer_operands(cell, packed, directions, grad))
+
+
+def backward_operands(cell: str, packed: bool, directions: int, grad: bool) -> tuple[Any, ...]:
+    _, *operands = layer_operands(cell, packed, directions, grad=False)
+    x, batch_sizes, h0, c0, weights, _, _, _ = operands
+    y, h_n, c_n, gates, cells = torch.ops.pyrnnfast.layer(cell, *operands)
+    lstm = cell == "lstm"
+    grads = [torch.randn_like(t) if used else None for t, used in ((y, 1), (h_n, 1), (c_n, lstm), (cells, lstm))]
+    needs = [True, True, lstm, *[True] * len(weights)]
+    found = (x, h0, c0, *weights, *grads)
+    if grad:
+        for t in found:
+            if t is not None:
+                t.requires_grad_()
+    return cell, needs, x, batch_sizes, h0, c0, weights, directions, y, gates, cells, *grads
+
+
+@every_layer
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_of_layer_backward(cell: str, packed: bool, directions: int) -> None:
+    torch.library.opcheck(torch.ops.pyrnnfast.layer_backward, backward_operands(cell, packed, directions, grad=False))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_of_layer_backward_that_is_differentiated(cell: str) -> None:
+    torch.library.opcheck(torch.ops.pyrnnfast.layer_backward, backward_operands(cell, False, 1, grad=True))
+
+
+@every_layer
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck_of_the_operators(cell: str, packed: bool, directions: int) -> None:
+    name, x, batch_sizes, h0, c0, weights, *rest = layer_operands(cell, packed, directions, grad=True)
+    leaves = [t for t in (x, h0, c0, *weights) if t is not None]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        own = [None if t is None else next(given) for t in (x, h0, c0, *weights)]
+        y, h_n, c_n, _, cells = torch.ops.pyrnnfast.layer(name, own[0], batch_sizes, own[1], own[2], own[3:], *rest)
+        return (y, h_n, c_n, cells) if cell == "lstm" else (y, h_n)
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+def test_a_layer_without_what_backward_needs_says_so() -> None:
+    *operands, _, cell_states = layer_operands("gru", False, 1, grad=True)
+    y = torch.ops.pyrnnfast.layer(*operands, False, cell_states)[0]
+    with pytest.raises(RuntimeError, match="keep=False"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_dispatch_modes_see_the_operators(cell: str) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    case = Case(cell)
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+    expected = case.run(module, x, states)
+    expected_gradients = gradients(module, x, states, expected)
+    with Spy():
+        found = case.run(module, x, states)
+        found_gradients = gradients(module, x, states, found)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found_gradients, expected_gradients)
+    assert torch.ops.pyrnnfast.layer.default in seen
+    assert torch.ops.pyrnnfast.layer_backward.default in seen
+
+
+@every_case
+def test_meta_and_fake_tensors(case: Case) -> None:
+    real = case.run(case.module(pyrnnfast), *case.operands())
+    with torch.device("meta"):
+        on_meta = case.module(pyrnnfast)
+    x, states = (t.to("meta") if isinstance(t, Tensor) else tuple(s.to("meta") for s in t) for t in case.operands())
+    found = case.run(on_meta, x, states)
+    assert pyrnnfast.explain(on_meta, x, case.hx(states)).path == "fused"
+    module, operands = case.module(pyrnnfast), case.operands()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        fake = case.run(module, *operands)
+    for name, t in real.items():
+        assert found[name].is_meta
+        for other in (found[name], fake[name]):
+            assert (other.shape, other.dtype, other.stride()) == (t.shape, t.dtype, t.stride())
+
+
+def test_enable_compile_is_all_that_layers_need() -> None:
+    assert torch._dynamo.config.allow_rnn
+    assert ops.enable_compile is pyrnnfast.enable_compile
+
+
+def test_pack_and_unpack_around_a_compiled_layer() -> None:
+    module = pyrnnfast.LSTM(3, 4)
+    compiled = torch.compile(module, backend="aot_eager")
+    packed = pack_padded_sequence(torch.randn(5, 3, 3), torch.tensor([5, 3, 2]))
+    torch.testing.assert_close(compiled(packed)[0].data, module(packed)[0].data)
