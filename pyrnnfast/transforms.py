@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
-from .autograd import Outputs, differentiable_backward, reference_layer
+from .autograd import Outputs, differentiable, differentiable_backward, reference_layer
 from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
 
 # What the functions below are made for, the outermost first.
@@ -25,23 +25,25 @@ _SERVED = (
 
 
 class _Layer(torch.autograd.Function):
-    """y, h_n, c_n, cells, gates = layer(cell, x, h0, c0, *weights)
+    """y, h_n, c_n, cells, gates = layer(cell, keep, x, h0, c0, *weights)
 
     Dense, with the batch in dimension 1 of all: x [T, B, I], y and cells [T, B, D·H], gates [T, B, D·saved·H], states
-    [D, B, H]. What a cell does not have is None.
+    [D, B, H]. What a cell does not have is None; so are the gates that are not kept for backward.
     """
 
     @staticmethod
-    def forward(cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None) -> Tensors:
+    def forward(
+        cell: str, keep: bool, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None
+    ) -> Tensors:
         cells = room_for_cells(x, weights) if CELLS[cell].has_cell else None
-        gates = room_for_gates(cell, x, weights) if CELLS[cell].saved else None
+        gates = room_for_gates(cell, x, weights) if CELLS[cell].saved and keep else None
         kept = side_by_side(gates, cells, weights)
         y, h_n, c_n, _ = forward(cell, x, None, h0, c0, weights, kept)
         return y, h_n, c_n, cells, gates
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        cell, x, h0, c0, *weights = inputs
+        cell, _, x, h0, c0, *weights = inputs
         y, _, _, cells, gates = output
         ctx.cell, ctx.count = cell, len(weights)
         if gates is not None:
@@ -53,24 +55,24 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h0, c0, *rest = ctx.saved_tensors
         weights, kept = rest[: ctx.count], rest[ctx.count :]
-        _, *needs = ctx.needs_input_grad
+        _, _, *needs = ctx.needs_input_grad
         upstream = grads[:4]
         if all(g is None for g in upstream):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             found = differentiable_backward(ctx.cell, needs, x, None, h0, c0, weights, Upstream(*upstream))
-            return None, found.x, found.h0, found.c0, *found.weights
+            return None, None, found.x, found.h0, found.c0, *found.weights
         *found, _ = _Backward.apply(ctx.cell, tuple(needs), False, x, h0, c0, *kept, *upstream, *weights)
-        return None, *found
+        return None, None, *found
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], cell: str, *operands: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], cell: str, keep: bool, *operands: Any) -> tuple[Any, Any]:
         data, weights = operands[:3], operands[3:]
-        data_dims, weight_dims = in_dims[1:4], in_dims[4:]
+        data_dims, weight_dims = in_dims[2:5], in_dims[5:]
         if any(d is not None for d in weight_dims):
-            return _one_by_one(lambda *one: _Layer.apply(cell, *one), info.batch_size, in_dims[1:], operands)
+            return _one_by_one(lambda *one: _Layer.apply(cell, keep, *one), info.batch_size, in_dims[2:], operands)
         folded = [_fold(t, d, info.batch_size) for t, d in zip(data, data_dims, strict=True)]
-        return _unfolded(_Layer.apply(cell, *folded, *weights), info.batch_size)
+        return _unfolded(_Layer.apply(cell, keep, *folded, *weights), info.batch_size)
 
 
 class _Backward(torch.autograd.Function):
@@ -161,27 +163,33 @@ def _weight_gradients(
         states, own = y.chunk(directions, -1)[d], dgates.chunk(directions, -1)[d]
         first = torch.zeros_like(states[:1]) if h0 is None else h0[d : d + 1]
         previous = torch.cat([first, states[:-1]] if d == 0 else [states[1:], first])
-        parts = own.chunk(CELLS[cell].dgates, -1)
-        for_x, for_h = parts[: CELLS[cell].gates], parts
-        if cell == "gru":  # r, z, n and the recurrent half of n
-            for_h = (*parts[:2], parts[3])
-        left_x, left_h, x_rows, h_rows = (
-            t.movedim(1, 0).flatten(1, 2) for t in (torch.cat(for_x, -1), torch.cat(for_h, -1), x, previous)
-        )
+        x_rows, h_rows, left = (t.movedim(1, 0).flatten(1, 2) for t in (x, previous, own))
+        hidden = left.shape[-1] // CELLS[cell].dgates
+        for_x = [left[..., : CELLS[cell].gates * hidden]]
+        # Of the GRU's: r and z, and the recurrent half of n, which stands behind the other one.
+        for_h = [left[..., : 2 * hidden], left[..., 3 * hidden :]] if cell == "gru" else for_x
         need = needs[4 * d : 4 * d + 4]
         found += [
-            left_x.mT @ x_rows if need[0] else None,
-            left_h.mT @ h_rows if need[1] else None,
-            left_x.sum(1) if need[2] else None,
-            left_h.sum(1) if need[3] else None,
+            _joined([part.mT @ x_rows for part in for_x]) if need[0] else None,
+            _joined([part.mT @ h_rows for part in for_h]) if need[1] else None,
+            _joined([part.sum(1) for part in for_x]) if need[2] else None,
+            _joined([part.sum(1) for part in for_h]) if need[3] else None,
         ]
     return found
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """[samples, rows, ...] each, one below the other; without a copy where there is one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 def on_kernels(packed: bool) -> bool:
     """Whether the kernels serve the transforms that are active; forward mode is one of them."""
-    active = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
-    return not packed and active in _SERVED and torch.autograd.forward_ad._current_level < 0
+    return not packed and _active() in _SERVED and torch.autograd.forward_ad._current_level < 0
+
+
+def _active() -> list[TransformType]:
+    return [interpreter.key() for interpreter in get_interpreter_stack() or ()]
 
 
 def layer(
@@ -197,5 +205,6 @@ def layer(
     if not on_kernels(batch_sizes is not None):
         found = reference_layer(cell, x, batch_sizes, h0, c0, weights)
         return found if cell_states else found._replace(cells=None)
-    y, h_n, c_n, cells, _ = _Layer.apply(cell, x, h0, c0, *weights)
+    keep = TransformType.Grad in _active() or differentiable(x, h0, c0, *weights)
+    y, h_n, c_n, cells, _ = _Layer.apply(cell, keep, x, h0, c0, *weights)
     return Outputs(y, h_n, c_n, cells if cell_states else None)
