@@ -62,27 +62,29 @@ class _Layer(torch.autograd.Function):
         c0: Tensor | None,
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        cells = None
-        if cell_states:
-            cells = room_for_cells(x, weights)
-            kept = side_by_side(room_for_gates(cell, x, weights), cells, weights)
-        else:
-            kept = room_to_keep(cell, x, weights)
-        y, h_n, c_n, _ = forward(cell, x, batch_sizes, h0, c0, weights, kept)
-        ctx.cell = cell
+        ctx.cell, ctx.count, ctx.cell_states = cell, len(weights), cell_states
         ctx.set_materialize_grads(False)
+        if cell_states:
+            gates, cells = room_for_gates(cell, x, weights), room_for_cells(x, weights)
+            kept = side_by_side(gates, cells, weights)
+            y, h_n, c_n, _ = forward(cell, x, batch_sizes, h0, c0, weights, kept)
+            # Whole, as they are results, and not by their columns: autograd then sees when somebody changes them.
+            ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, y, gates, cells)
+            assert c_n is not None
+            return y, h_n, c_n, cells
+        y, h_n, c_n, kept = forward(cell, x, batch_sizes, h0, c0, weights, room_to_keep(cell, x, weights))
         ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, y, *kept)
-        if c_n is None:
-            return y, h_n
-        return (y, h_n, c_n) if cells is None else (y, h_n, c_n, cells)
+        return (y, h_n) if c_n is None else (y, h_n, c_n)
 
     @staticmethod
     @_without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # Once: checkpointing lets them be unpacked only once.
         x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
-        cell, count = ctx.cell, 4 * (len(rest) - 1) // 6
+        cell, count = ctx.cell, ctx.count
         weights, y, kept = rest[:count], rest[count], tuple(rest[count + 1 :])
+        if ctx.cell_states:
+            kept = side_by_side(kept[0], kept[1], weights)
         _, _, need_x, _, *needs = ctx.needs_input_grad
         needs = [need_x, *needs]
         if all(g is None for g in grads):

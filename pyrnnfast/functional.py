@@ -54,6 +54,8 @@ def call(
     Raises:
         ValueError: something of ours is asked for, ``extras`` or ``cell_states``, and the kernels do not serve the call
     """
+    if not spec.single_step and layers.is_jagged(input):
+        return layers.run_jagged(spec, input, hx, extras, lambda x, first: call(spec, x, first, weights, otherwise))
     autocast = torch.is_autocast_enabled("cpu")
     operands = _in_the_dtype_of_autocast(input, hx, weights) if autocast else (input, hx, weights)
     asked = obstacles.form(input)
@@ -74,6 +76,8 @@ def call(
 
 def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[str, str]:
     """Which road :func:`call` would take, ``"fused"``, ``"reference"`` or ``"torch"``, and why."""
+    if not spec.single_step and layers.is_jagged(input):
+        input, hx, *_ = layers.pack_jagged(spec, input, hx)
     autocast = torch.is_autocast_enabled("cpu")
     operands = _in_the_dtype_of_autocast(input, hx, weights) if autocast else (input, hx, weights)
     asked = obstacles.form(input)

@@ -1,4 +1,4 @@
-"""Layers, directions and layouts around one recurrent layer: batches padded, packed or of one sequence.
+"""Layers, directions and layouts around one recurrent layer: batches padded, packed, nested or of one sequence.
 
 Nothing here asks whether the kernels serve a call (obstacles.py), and everything is made of torch's operators around
 ``layer`` in the form that the moment asks for.
@@ -8,14 +8,17 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import autograd, ops, segments, transforms
-from .obstacles import Hidden, Spec
+from .obstacles import Hidden, Spec, state_shape
 
 _LAYERS = {"eager": autograd.layer, "operators": ops.layer, "transforms": transforms.layer}
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Extras(NamedTuple):
@@ -54,6 +57,8 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
             for t in (found.output, found.cells)
         )
         return _as_torch_has_it(output, _permuted(found.states, input.unsorted_indices), cells)
+    if extras:
+        _check(extras, input, spec.batch_first)
     if input.dim() == 2:
         batched = spec._replace(batch_first=False)
         own = Extras(*(None if t is None else t.unsqueeze(-1) for t in extras))
@@ -73,63 +78,107 @@ def _as_torch_has_it(output: Any, states: Any, cells: Any) -> tuple[Any, ...]:
     return (output, states) if cells is None else (output, states, cells)
 
 
+def _check(extras: Extras, input: Tensor, batch_first: bool) -> None:
+    """Raises TypeError or ValueError where lengths or reset are not what they have to be, their values apart."""
+    lengths, reset = extras
+    time = 1 if batch_first and input.dim() == 3 else 0
+    if lengths is not None:
+        if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
+            raise TypeError("lengths must be a tensor of integers")
+        _check_size("lengths", lengths, (*input.shape[:time], *input.shape[time + 1 : -1]))
+    if reset is not None:
+        if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
+            raise TypeError("reset must be a tensor of bool")
+        _check_size("reset", reset, input.shape[:-1])
+    if any(t is not None and t.is_meta for t in (input, lengths, reset)):
+        raise ValueError("lengths and reset are not served on the meta device: what is computed follows their values")
+
+
+def _check_size(name: str, given: Tensor, expected: Sequence[int]) -> None:
+    if given.shape != tuple(expected):
+        raise ValueError(f"{name}: expected size {list(expected)}, got {list(given.shape)}")
+
+
 def _run_segments(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Sequence[Tensor], extras: Extras) -> Any:
     """Padded input with lengths or resets: packed, run, and put back."""
     steps, batch = (input.shape[1], input.shape[0]) if spec.batch_first else input.shape[:2]
-    lengths, reset = _checked_extras(extras, steps, batch, spec.batch_first)
-    begin = torch.arange(batch) * (steps if spec.batch_first else 1)
-    found = segments.segments(lengths, reset, begin, 1 if spec.batch_first else batch)
-    rows = input.reshape(-1, input.shape[-1]).index_select(0, found.places)
-    first = _map(hx, functools.partial(segments.initial_states, found, spec.directions))
-    run = (
-        _run_layers(spec, asked, rows, found.batch_sizes, first, weights)
-        if len(rows)
-        else _no_rows(spec, rows, weights)
-    )
+    cut = ops.segments if asked == "operators" else segments.of_padded
+    found = cut(extras.lengths, extras.reset, steps, batch, spec.batch_first)
+    packed, first = _packed(found, input.reshape(-1, input.shape[-1]), hx, spec.directions)
+    run = _run_layers(spec, asked, packed.data, packed.batch_sizes, first, weights)
     output, cells = (
         None if t is None else segments.scatter(found, t, steps * batch).view(*input.shape[:2], -1)
         for t in (run.output, run.cells)
     )
-    given = (hx,) if hx is None or isinstance(hx, Tensor) else hx
-    states = (run.states,) if isinstance(run.states, Tensor) else run.states
-    final = tuple(
-        segments.final_states(found, lengths, s, given[k] if hx is not None else None, spec.directions)
-        for k, s in enumerate(states)
+    return _as_torch_has_it(output, _final_states(found, run.states, hx, spec.directions), cells)
+
+
+def is_jagged(input: Any) -> bool:
+    """Whether it is a nested tensor with the layout ``torch.jagged``."""
+    return isinstance(input, Tensor) and input.layout is torch.jagged
+
+
+def run_jagged(spec: Spec, input: Any, hx: Any, extras: Extras, call: Callable[[PackedSequence, Any], Any]) -> Any:
+    """A nested tensor [B, j, I] by way of the same sequences packed, without padding.
+
+    Args:
+        call: the layers on packed input and initial states
+
+    Returns:
+        What ``call`` does, with the output, and all cell states, as nested tensors that share the ragged dimension of
+        the input.
+    """
+    if extras:
+        raise ValueError("lengths and reset are for padded input; a nested tensor has its own lengths")
+    packed, first, found = pack_jagged(spec, input, hx)
+    output, states, *cells = call(packed, first)
+    count = len(input.values())
+    output, *cells = (
+        torch.nested.nested_tensor_from_jagged(segments.scatter(found, t.data, count), input.offsets(), input.lengths())
+        for t in (output, *cells)
     )
-    return _as_torch_has_it(output, final if len(final) == 2 else final[0], cells)
+    return output, _final_states(found, states, hx, spec.directions), *cells
 
 
-def _no_rows(spec: Spec, rows: Tensor, weights: Sequence[Tensor]) -> _Found:
-    """What becomes of sequences that are all empty: nothing, but a function of the operands all the same."""
-    output = torch.nn.functional.linear(rows, weights[0][:1]).expand(0, spec.directions * spec.hidden_size)
-    state = rows.new_zeros(spec.num_layers * spec.directions, 1, spec.hidden_size)
-    return _Found(output, (state, state) if spec.cell == "lstm" else state, output if spec.cell_states else None)
-
-
-def _checked_extras(extras: Extras, steps: int, batch: int, batch_first: bool) -> tuple[Tensor, Tensor | None]:
-    """lengths [B] and reset [T, B], on the CPU.
+def pack_jagged(spec: Spec, input: Any, hx: Any) -> tuple[PackedSequence, Any, segments.Segments]:
+    """The sequences with steps of a nested tensor, packed, and their initial states.
 
     Raises:
-        TypeError, ValueError: they are not what they have to be.
+        RuntimeError: ``hx`` is not of the size that it has to be.
+        ValueError: the ragged dimension is not that of time, or it is not on the CPU.
     """
-    lengths, reset = extras
-    if lengths is None:
-        lengths = torch.full((batch,), steps)
-    elif not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex():
-        raise TypeError("lengths must be a tensor of integers")
-    elif lengths.shape != (batch,):
-        raise ValueError(f"lengths: expected size [{batch}], got {list(lengths.shape)}")
-    lengths = lengths.detach().cpu().long()
-    if bool(((lengths < 0) | (lengths > steps)).any()):
-        raise ValueError(f"lengths must be from 0 to {steps}, the number of steps of the input")
-    if reset is None:
-        return lengths, None
-    if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
-        raise TypeError("reset must be a tensor of bool")
-    expected = (batch, steps) if batch_first else (steps, batch)
-    if reset.shape != expected:
-        raise ValueError(f"reset: expected size {list(expected)}, got {list(reset.shape)}")
-    return lengths, (reset.t() if batch_first else reset).detach().cpu()
+    if input.dim() != 3 or isinstance(input.shape[1], int):
+        raise ValueError(f"a nested input has to be [B, j, I] with a ragged j, got {tuple(input.shape)}")
+    if not input.is_cpu:
+        raise ValueError(f"a nested input has to be on the CPU, got {input.device}")
+    for state in hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,):
+        if not isinstance(state, Tensor) or state.dim() != 3 or state.shape[1] != input.shape[0]:
+            expected = state_shape(spec._replace(batch_first=True), input)
+            got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise RuntimeError(f"Expected hidden size {expected}, got {got}")
+    offsets = segments.integers(input.offsets())
+    length = np.diff(offsets) if input.lengths() is None else segments.integers(input.lengths())
+    found = segments.segments(length, None, offsets[:-1], 1)
+    return *_packed(found, input.values(), hx, spec.directions), found
+
+
+def _packed(found: segments.Segments, data: Tensor, hx: Any, directions: int) -> tuple[PackedSequence, Any]:
+    """Segments of ``data`` [rows, I] and their initial states, for sequences with ``hx``."""
+    rows = data.index_select(0, found.places)
+    if torch.compiler.is_compiling() or len(rows):  # a graph cannot ask
+        first = _map(hx, functools.partial(segments.initial_states, found, directions))
+    else:  # all sequences are empty, but results are functions of the operands all the same
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
+        first = _map(hx, lambda state: state.new_zeros(len(state), 1, state.shape[2]))
+    return PackedSequence(rows, found.batch_sizes), first
+
+
+def _final_states(found: segments.Segments, states: Any, hx: Any, directions: int) -> Any:
+    """The final states of sequences with ``hx`` from those of their segments."""
+    if isinstance(states, Tensor):
+        return segments.final_states(found, states, hx, directions)
+    before = (None, None) if hx is None else hx
+    return tuple(segments.final_states(found, s, b, directions) for s, b in zip(states, before, strict=True))
 
 
 def _map(states: Any, fn: Callable[..., Tensor], *args: int | Tensor) -> Any:
@@ -155,7 +204,7 @@ def _run_layers(
         given = [w for k in range(0, len(weights), 2) for w in (*weights[k : k + 2], None, None)]
     if spec.num_layers == 1:
         y, h, c, cells = run_layer(spec.cell, x, batch_sizes, h0, c0, given, spec.cell_states)
-        return _Found(y, h if c is None else (h, c), cells)
+        return _Found(y, h if c is None else (h, c), _like(y, cells))
     directions = spec.directions
     h_n, c_n = [], []
     cells = None
@@ -172,7 +221,12 @@ def _run_layers(
         h_n.append(h)
         if c is not None:
             c_n.append(c)
-    return _Found(x, (torch.cat(h_n), torch.cat(c_n)) if c_n else torch.cat(h_n), cells)
+    return _Found(x, (torch.cat(h_n), torch.cat(c_n)) if c_n else torch.cat(h_n), _like(x, cells))
+
+
+def _like(output: Tensor, cells: Tensor | None) -> Tensor | None:
+    """All cell states in the dtype of the output, as c_n is; the kernels keep them wider."""
+    return None if cells is None else cells.to(output.dtype)
 
 
 def _run_step(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .autograd import Outputs, differentiable, differentiable_backward
 from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
+from .segments import Segments, of_padded
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -244,6 +245,42 @@ def layer(
     if not CELLS[cell].has_cell:
         return Outputs(y, h_n, None, None)
     return Outputs(y, h_n, c_n, cells if cell_states else None)
+
+
+# How many rows, steps and segments there are follows from values.
+torch.library.define(
+    "pyrnnfast::segments",
+    "(Tensor? lengths, Tensor? reset, SymInt steps, SymInt batch, bool batch_first)"
+    " -> (Tensor places, Tensor batch_sizes, Tensor sequence, Tensor from_start, Tensor from_end, Tensor first,"
+    " Tensor last, Tensor any_steps)",
+)
+
+
+@torch.library.impl("pyrnnfast::segments", "CPU")
+def _segments(
+    lengths: Tensor | None, reset: Tensor | None, steps: int, batch: int, batch_first: bool
+) -> tuple[Tensor, ...]:
+    return tuple(of_padded(lengths, reset, steps, batch, batch_first))
+
+
+@torch.library.register_fake("pyrnnfast::segments")  # type: ignore[untyped-decorator]
+def _fake_segments(
+    lengths: Tensor | None, reset: Tensor | None, steps: int, batch: int, batch_first: bool
+) -> tuple[Tensor, ...]:
+    context = torch.library.get_ctx()
+    rows, longest, count = (context.new_dynamic_size() for _ in range(3))
+    sizes: tuple[int | torch.SymInt, ...] = (rows, longest, count, count, count, batch, batch, batch)
+    masks = (False, False, False, True, True, False, False, True)
+    like = reset if lengths is None else lengths
+    assert like is not None
+    return tuple(
+        like.new_empty((n,), dtype=torch.bool if mask else torch.int64) for n, mask in zip(sizes, masks, strict=True)
+    )
+
+
+def segments(lengths: Tensor | None, reset: Tensor | None, steps: int, batch: int, batch_first: bool) -> Segments:
+    """:func:`pyrnnfast.segments.of_padded` by way of the operator."""
+    return Segments(*torch.ops.pyrnnfast.segments(lengths, reset, steps, batch, batch_first))
 
 
 def enable_compile() -> None:

@@ -1,44 +1,86 @@
-"""Padded batches, with sequences of any length and with resets in the middle, as packed rows for the kernels.
+"""Padded and nested batches, with sequences of any length and resets in the middle, as packed rows for the kernels.
 
 A reset clears the state before a step, so it begins a sequence of its own: a batch with ``lengths`` and ``reset`` is a
 set of segments, which are sorted by length and packed. Padding is never read, and segments run side by side.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Integers = NDArray[np.int64]
 
 
 class Segments(NamedTuple):
     """N rows in S segments of B sequences, the longest first; L is its length. int64, but for the masks."""
 
     places: Tensor  # [N]: where each packed row stands in the data
-    batch_sizes: Tensor  # [L]
+    batch_sizes: Tensor  # [L]; [1] where there is no segment, of one step that nobody looks at: the kernels want one
     sequence: Tensor  # [S]: whose segment it is
     from_start: Tensor  # [S], bool: whether it goes on from the state before the sequence
     from_end: Tensor  # [S], bool: the same backward in time
     first: Tensor  # [B]: the first segment of each sequence, 0 where it has none
     last: Tensor  # [B]
+    any_steps: Tensor  # [B], bool: whether a sequence has any
 
 
-def segments(lengths: Tensor, reset: Tensor | None, begin: Tensor, stride: int) -> Segments:
+def values(t: Tensor) -> NDArray[Any]:
+    """What is in a tensor.
+
+    Inside torch.func's transforms too: they wrap whatever goes through one of torch's operators, and the memory of a
+    wrapped tensor cannot be read.
+
+    Raises:
+        ValueError: vmap maps over it.
+    """
+    while torch._C._functorch.is_gradtrackingtensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    if torch._C._functorch.is_batchedtensor(t):
+        raise ValueError("lengths and reset cannot be mapped over by vmap: what is computed follows their values")
+    with torch._C._DisableFuncTorch():
+        return t.cpu().numpy()
+
+
+def integers(t: Tensor) -> Integers:
+    return values(t).astype(np.int64)
+
+
+def of_padded(lengths: Tensor | None, reset: Tensor | None, steps: int, batch: int, batch_first: bool) -> Segments:
+    """The segments of a padded batch.
+
+    Args:
+        lengths: [B]; None: all sequences have all steps
+        reset: [T, B], or [B, T] with ``batch_first``; None: never
+
+    Raises:
+        ValueError: a length is not from 0 to T.
+    """
+    length = np.full(batch, steps) if lengths is None else integers(lengths)
+    if ((length < 0) | (length > steps)).any():
+        raise ValueError(f"lengths must be from 0 to {steps}, the number of steps of the input")
+    begin = np.arange(batch) * (steps if batch_first else 1)
+    time_major = None if reset is None else values(reset.t() if batch_first else reset)
+    return segments(length, time_major, begin, 1 if batch_first else batch)
+
+
+def segments(length: Integers, reset: NDArray[np.bool_] | None, begin: Integers, stride: int) -> Segments:
     """Cuts sequences into segments.
 
     Args:
-        lengths: [B], zeros allowed
+        length: [B], zeros allowed
         reset: [T, B], bool: whether a sequence's state is cleared before that step; None: never
         begin: [B]: the row in which each sequence begins
         stride: rows from one step of a sequence to the next
     """
-    length, row = lengths.numpy(), begin.numpy()
     if reset is None:
         (owner,) = np.nonzero(length)
         start = np.zeros_like(owner)
         count = length[owner]
     else:
-        starts = reset.numpy() & (np.arange(len(reset))[:, None] < length)
+        starts = reset & (np.arange(len(reset))[:, None] < length)
         starts[0] = length > 0
         owner, start = np.nonzero(starts.T)
         ends_at_reset = np.append(owner[1:] == owner[:-1], False)
@@ -49,13 +91,23 @@ def segments(lengths: Tensor, reset: Tensor | None, begin: Tensor, stride: int) 
     batch_sizes = len(count) - np.searchsorted(count[::-1], steps, side="right")
     step = np.repeat(steps, batch_sizes)
     segment = np.arange(len(step)) - np.repeat(np.cumsum(batch_sizes) - batch_sizes, batch_sizes)
-    places = row[owner[segment]] + (start[segment] + step) * stride
+    places = begin[owner[segment]] + (start[segment] + step) * stride
     is_first, is_last = start == 0, start + count == length[owner]
-    from_start = is_first if reset is None else is_first & ~reset.numpy()[0][owner]
+    from_start = is_first if reset is None else is_first & ~reset[0][owner]
     first, last = np.zeros(len(length), np.int64), np.zeros(len(length), np.int64)
     first[owner[is_first]], last[owner[is_last]] = np.nonzero(is_first)[0], np.nonzero(is_last)[0]
-    found = (places, batch_sizes, owner, from_start, is_last, first, last)
-    return Segments(*(torch.from_numpy(np.ascontiguousarray(a)) for a in found))
+    found = (
+        places,
+        batch_sizes if len(count) else np.ones(1, np.int64),
+        owner,
+        from_start,
+        is_last,
+        first,
+        last,
+        length > 0,
+    )
+    with torch._C._DisableFuncTorch():
+        return Segments(*(torch.from_numpy(np.ascontiguousarray(a)) for a in found))
 
 
 def initial_states(found: Segments, directions: int, state: Tensor) -> Tensor:
@@ -69,14 +121,15 @@ def initial_states(found: Segments, directions: int, state: Tensor) -> Tensor:
     return own.where(mask.unsqueeze(-1), own.new_zeros(()))
 
 
-def final_states(found: Segments, lengths: Tensor, state: Tensor, before: Tensor | None, directions: int) -> Tensor:
+def final_states(found: Segments, state: Tensor, before: Tensor | None, directions: int) -> Tensor:
     """The states after the last step of each sequence [layers·D, B, H], from those of the segments; of a sequence
     without steps, the state that it had before."""
     ends = [found.last, found.first][:directions] * (len(state) // directions)
     own = torch.stack([s.index_select(0, end) for s, end in zip(state, ends, strict=True)])
-    return own.where((lengths > 0)[:, None], own.new_zeros(()) if before is None else before)
+    return own.where(found.any_steps[:, None], own.new_zeros(()) if before is None else before.to(own.dtype))
 
 
 def scatter(found: Segments, rows: Tensor, count: int) -> Tensor:
-    """Packed rows back in their places among `count`, zeros where there is padding."""
-    return rows.new_zeros(count, rows.shape[1]).index_copy(0, found.places, rows)
+    """Packed rows back in their places among `count`, zeros where there is padding; rows beyond the segments' are none
+    of theirs."""
+    return rows.new_zeros(count, rows.shape[1]).index_copy(0, found.places, rows[: len(found.places)])

@@ -1,5 +1,6 @@
 """torch.compile, torch.export, and the operators underneath."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -115,6 +116,37 @@ def test_packed_input(cell: str) -> None:
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     args = packed.data.detach(), packed.batch_sizes, case.hx(states)
     torch.testing.assert_close(compiled(*args), call(*args))
+
+
+EXTRAS: dict[str, Any] = {
+    "lengths": {"lengths": torch.tensor([2, 0, 5])},
+    "reset": {"reset": torch.tensor([[0, 1, 0], [0, 0, 0], [1, 0, 0], [1, 0, 1], [0, 0, 0]]).bool()},
+}
+EXTRAS["both"] = EXTRAS["lengths"] | EXTRAS["reset"]
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS.keys())
+@pytest.mark.parametrize("cell", CELLS)
+def test_lengths_and_resets(cell: str, extras: dict[str, Tensor]) -> None:
+    """How many rows there are is known to no graph; padding is NaN."""
+    case = Case(cell, steps=5, batch=3, bidirectional=True, layers=2)
+    module = case.module(pyrnnfast)
+    compiled = torch.compile(functools.partial(module, **extras), backend="aot_eager", fullgraph=True)
+    x, states = case.operands()
+    with torch.no_grad():
+        x[2:, 0] = x[2:, 0] if "lengths" not in extras else torch.nan
+    eager = functools.partial(module, **extras)
+    found, expected = case.run(compiled, x, states), case.run(eager, x, states)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(module, x, states, found), gradients(module, x, states, expected))
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS.keys())
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_opcheck_of_segments(extras: dict[str, Tensor], batch_first: bool) -> None:
+    lengths, reset = extras.get("lengths"), extras.get("reset")
+    given = reset.t().contiguous() if reset is not None and batch_first else reset
+    torch.library.opcheck(torch.ops.pyrnnfast.segments, (lengths, given, 5, 3, batch_first))
 
 
 @pytest.mark.parametrize("cell", CELLS)
