@@ -64,7 +64,7 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
         own = Extras(*(None if t is None else t.unsqueeze(-1) for t in extras))
         output, states, *cells = run(batched, asked, input.unsqueeze(1), _map(hx, Tensor.unsqueeze, 1), weights, own)
         return output.squeeze(1), _map(states, Tensor.squeeze, 1), *(t.squeeze(1) for t in cells)
-    if extras:
+    if extras and not (asked == "eager" and _is_plain(extras, input.shape[1 if spec.batch_first else 0])):
         return _run_segments(spec, asked, input, hx, weights, extras)
     dense = _run_layers(spec, asked, input.transpose(0, 1) if spec.batch_first else input, None, hx, weights)
     if not spec.batch_first:
@@ -97,6 +97,12 @@ def _check(extras: Extras, input: Tensor, batch_first: bool) -> None:
 def _check_size(name: str, given: Tensor, expected: Sequence[int]) -> None:
     if given.shape != tuple(expected):
         raise ValueError(f"{name}: expected size {list(expected)}, got {list(given.shape)}")
+
+
+def _is_plain(extras: Extras, steps: int) -> bool:
+    """Whether all sequences have all steps, and the state is never cleared."""
+    lengths, reset = extras
+    return reset is None and (lengths is None or bool((segments.integers(lengths) == steps).all()))
 
 
 def _run_segments(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Sequence[Tensor], extras: Extras) -> Any:
