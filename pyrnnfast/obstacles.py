@@ -44,10 +44,10 @@ class Spec(NamedTuple):
 def form(input: Any) -> str:
     """What the state of torch asks for: operators that a trace can record, functions that transforms can take apart, or
     neither."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return "operators"
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return "transforms"
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return "operators"
     data = input.data if isinstance(input, PackedSequence) else input
     return "operators" if isinstance(data, Tensor) and data.is_meta else "eager"
 

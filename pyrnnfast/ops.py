@@ -40,6 +40,14 @@ def _with_biases(weights: Sequence[Tensor], directions: int) -> list[Tensor | No
     return [t for part in parts for t in (*part, *(None,) * (4 - per_direction))]
 
 
+def _refuse_forward_mode() -> None:
+    """An operator without a derivative forward would give tangents of zero, and no error."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "pyrnnfast's operators have no forward-mode derivative; its modules and functions have"
+        )
+
+
 def _room(
     cell: str, x: Tensor, weights: Sequence[Tensor | None], keep: bool, cell_states: bool
 ) -> tuple[Tensor, Tensor]:
@@ -65,6 +73,7 @@ def _layer(
     keep: bool,
     cell_states: bool,
 ) -> Five:
+    _refuse_forward_mode()
     given = _with_biases(weights, directions)
     gates, cells = _room(cell, x, given, keep, cell_states)
     kept: Tensors = ()
@@ -88,6 +97,7 @@ def _fake_layer(
     keep: bool,
     cell_states: bool,
 ) -> Five:
+    _refuse_forward_mode()
     given = _with_biases(weights, directions)
     _, hidden = sizes(given)
     batch: int | torch.SymInt = x.shape[1] if h0 is None else h0.shape[1]
@@ -116,6 +126,7 @@ def _layer_backward(
     grad_c_n: Tensor | None,
     grad_cells: Tensor | None,
 ) -> list[Tensor]:
+    _refuse_forward_mode()
     upstream = Upstream(grad_y, grad_h_n, grad_c_n, grad_cells)
     given = _with_biases(weights, directions)
     kept = _kept(cell, gates, cells, given)
@@ -135,6 +146,7 @@ def _fake_layer_backward(
     weights: Sequence[Tensor],
     *_: Any,
 ) -> list[Tensor]:
+    _refuse_forward_mode()
     operands = zip((x, h0, c0, *weights), needs, strict=True)
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in operands if need and t is not None

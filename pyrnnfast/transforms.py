@@ -184,7 +184,12 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def on_kernels(packed: bool) -> bool:
-    """Whether the kernels serve the transforms that are active; forward mode is one of them."""
+    """Whether the kernels serve the transforms that are active; forward mode is one of them.
+
+    Where somebody records operators as well, they get those that the reference is made of.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
     return not packed and _active() in _SERVED and torch.autograd.forward_ad._current_level < 0
 
 

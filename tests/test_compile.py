@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch.fx.experimental.proxy_tensor
 from cases import CELLS, Case, gradients
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -281,6 +282,51 @@ def test_a_layer_without_what_backward_needs_says_so() -> None:
     y = torch.ops.pyrnnfast.layer(*operands, False, cell_states)[0]
     with pytest.raises(RuntimeError, match="keep=False"):
         y.sum().backward()
+
+
+def test_the_operators_refuse_forward_mode() -> None:
+    """torch would give a tangent of zero, or none, without an error."""
+    name, x, *rest = layer_operands("gru", False, 1, grad=False)
+
+    def run(x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.pyrnnfast.layer(name, x, *rest)[0]
+        return y
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(run, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        run(torch.autograd.forward_ad.make_dual(x, x))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(NotImplementedError):
+        torch.func.jvp(run, (x,), (x,))
+
+
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "grad": lambda fn, x: torch.func.grad(lambda x: fn(x).sum())(x),
+    "jvp": lambda fn, x: torch.func.jvp(fn, (x,), (x.cos(),)),
+    "vmap": lambda fn, x: torch.func.vmap(fn)(torch.stack([x, 2 * x])),
+    "vmap_grad": lambda fn, x: torch.func.vmap(torch.func.grad(lambda x: fn(x).sum()))(torch.stack([x, 2 * x])),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_transforms_inside_a_graph(cell: str, single_step: bool, transform: Callable[..., Any]) -> None:
+    case = Case(cell, single_step=single_step)
+    module = case.module(pyrnnfast, torch.float64)
+    x = case.operands(torch.float64)[0].detach()
+
+    def run(x: Tensor) -> Tensor:
+        found = module(x)
+        return found if isinstance(found, Tensor) else found[0]
+
+    def whole(x: Tensor) -> Any:
+        return transform(run, x)
+
+    found = torch.compile(whole, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, whole(x), rtol=1e-10, atol=1e-12)
+    recorded = torch.fx.experimental.proxy_tensor.make_fx(whole)(x)
+    torch.testing.assert_close(recorded(x), whole(x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("cell", CELLS)
