@@ -2,6 +2,7 @@
 #   make demo     trains a model that pronounces English words, on our kernels, and shows it learn   (→ runs/demo)
 #   make test     linters, type checker, tests
 #   make bench    our layers against torch.nn's
+#   make docs     the API reference, from the docstrings   (→ docs/build/index.html)
 #   make format   formats everything
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/cpu/*)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test bench format
+.PHONY: demo test bench docs format
 
 demo: .venv/.seq2seq
 	$(BIN)/pyrnnfast demo --out runs/demo
@@ -23,6 +24,9 @@ test: .venv/.dev
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: .venv/.docs
+	$(BIN)/python docs/api.py docs/build
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix-only .
@@ -42,8 +46,11 @@ endef
 .venv/.bench: .venv/.tools $(SOURCES)
 	$(call install,[bench])
 
+.venv/.docs: .venv/.tools $(SOURCES)
+	$(call install,[docs])
+
 .venv/.dev: .venv/.tools $(SOURCES)
-	$(call install,[seq2seq$(,)bench$(,)dev])
+	$(call install,[seq2seq$(,)bench$(,)docs$(,)dev])
 
 # A comma, where make would take one for its own.
 , := ,

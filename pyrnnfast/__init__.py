@@ -5,8 +5,9 @@ import os
 # First, so that the kernels find the OpenMP runtime that torch has loaded.
 import torch
 
-from . import functional, reference
+from . import functional, reference, tbptt
 from .modules import GRU, LSTM, RNN, Explanation, GRUCell, LSTMCell, RNNCell, explain
+from .ops import enable_compile
 from .replace import replace, restore
 
 __version__ = "0.1.0"
@@ -18,11 +19,13 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "enable_compile",
     "explain",
     "functional",
     "reference",
     "replace",
     "restore",
+    "tbptt",
 ]
 
 # GNU OpenMP's team does not survive a fork: in the child torch's own products would wait for it for ever.

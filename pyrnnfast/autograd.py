@@ -48,6 +48,11 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def batched(grads: Sequence[Tensor | None]) -> bool:
+    """Whether gradients have a dimension that torch hides (``is_grads_batched``): no kernel can read them."""
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+
+
 class _Layer(torch.autograd.Function):
     """y, h_n[, c_n[, cells]] = layer(cell, cell_states, x, batch_sizes, h0, c0, *weights)"""
 
@@ -90,7 +95,7 @@ class _Layer(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         upstream = Upstream(*grads)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grads):
             # create_graph: the gradient has to be differentiable itself, so it goes through the reference.
             found = differentiable_backward(cell, needs, x, batch_sizes, h0, c0, weights, upstream)
         else:
@@ -119,7 +124,7 @@ class _Step(torch.autograd.Function):
         cell, needs = ctx.cell, ctx.needs_input_grad[1:]
         if grad_h is None and grad_c is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched((grad_h, grad_c)):
             one_h0, one_c0, *finals = (None if t is None else t.unsqueeze(0) for t in (h0, c0, grad_h, grad_c))
             upstream = Upstream(None, *finals)
             found = differentiable_backward(cell, needs, x.unsqueeze(0), None, one_h0, one_c0, weights, upstream)
@@ -169,15 +174,17 @@ def differentiable_backward(
     Args:
         needs: of x, h0, c0 and each weight, whether its gradient is wanted
     """
-    # A name of its own for each input: one tensor may come in twice, and each gets its own share of the gradient.
-    inputs = [None if t is None else t.view_as(t) for t in (x, h0, c0, *weights)]
-    data, h0, c0, *weights = inputs
-    assert data is not None
-    outputs = reference_layer(cell, data, batch_sizes, h0, c0, weights)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A name of its own for each input: one tensor may come in twice, and each gets its own share of the gradient.
+        inputs = [None if t is None else t.view_as(t) for t in (x, h0, c0, *weights)]
+        data, h0, c0, *weights = inputs
+        assert data is not None
+        outputs = reference_layer(cell, data, batch_sizes, h0, c0, weights)
     asked = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None]
     results = iter(
-        torch.autograd.grad([o for o, _ in used], asked, [g for _, g in used], create_graph=True, allow_unused=True)
+        torch.autograd.grad([o for o, _ in used], asked, [g for _, g in used], create_graph=again, allow_unused=True)
     )
     found = [next(results) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
     return Gradients(found[0], found[1], found[2], tuple(found[3:]))

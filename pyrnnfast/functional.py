@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cpu, layers, obstacles, transforms
+from . import _cpu, amp, layers, obstacles, segments, transforms
 from .layers import Extras
 from .obstacles import PLAIN, Spec
 
-Result = tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]
-
+__all__ = ["Options", "gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 NO_EXTRAS = Extras()
 
@@ -57,8 +56,10 @@ def call(
     if not spec.single_step and layers.is_jagged(input):
         return layers.run_jagged(spec, input, hx, extras, lambda x, first: call(spec, x, first, weights, otherwise))
     autocast = torch.is_autocast_enabled("cpu")
-    operands = _in_the_dtype_of_autocast(input, hx, weights) if autocast else (input, hx, weights)
     asked = obstacles.form(input)
+    if asked == "transforms" and isinstance(input, PackedSequence):
+        input = PackedSequence(input.data, segments.unwrapped(input.batch_sizes), *input[2:])
+    operands = amp.narrowed(input, hx, weights) if autocast else (input, hx, weights)
     reason = obstacles.obstacle(spec, asked, *operands)
     if reason is not None:
         if extras or spec.cell_states:
@@ -69,9 +70,7 @@ def call(
         return layers.run(spec, asked, *operands, extras)
     with torch.autocast("cpu", enabled=False):
         found = layers.run(spec, asked, *operands, extras)
-    # Some of the operators that torch has for these do not take part in autocast.
-    wide = spec.cell == "gru" or (spec.single_step and spec.cell == "lstm")
-    return _floats(found) if wide else found
+    return amp.results(spec, input, hx, found)
 
 
 def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[str, str]:
@@ -79,7 +78,7 @@ def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple
     if not spec.single_step and layers.is_jagged(input):
         input, hx, *_ = layers.pack_jagged(spec, input, hx)
     autocast = torch.is_autocast_enabled("cpu")
-    operands = _in_the_dtype_of_autocast(input, hx, weights) if autocast else (input, hx, weights)
+    operands = amp.narrowed(input, hx, weights) if autocast else (input, hx, weights)
     asked = obstacles.form(input)
     reason = obstacles.obstacle(spec, asked, *operands)
     if reason is not None:
@@ -87,26 +86,6 @@ def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple
     if asked == "transforms" and not transforms.on_kernels(isinstance(input, PackedSequence)):
         return "reference", "derivatives that the kernels do not have"
     return "fused", "served by pyrnnfast._cpu"
-
-
-def _in_the_dtype_of_autocast(input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:
-    dtype = torch.get_autocast_dtype("cpu")
-
-    def cast(t: Any) -> Any:
-        return t.to(dtype) if isinstance(t, Tensor) and t.dtype is torch.float32 else t
-
-    packed = isinstance(input, PackedSequence)
-    return (
-        PackedSequence(cast(input.data), *input[1:]) if packed else cast(input),
-        tuple(cast(s) for s in hx) if isinstance(hx, (tuple, list)) else cast(hx),
-        [cast(w) for w in weights],
-    )
-
-
-def _floats(found: Any) -> Any:
-    if isinstance(found, PackedSequence):
-        return PackedSequence(found.data.float(), *found[1:])
-    return found.float() if isinstance(found, Tensor) else tuple(_floats(t) for t in found)
 
 
 _STOCK_LAYERS: dict[str, Callable[..., torch.nn.Module]] = {
@@ -137,7 +116,11 @@ def _torch_call(spec: Spec, weights: Sequence[Tensor]) -> Callable[[Any, Any], A
         parameters = [name for name, _ in module.named_parameters()]
         if len(parameters) != len(weights):
             raise ValueError(f"expected {len(parameters)} weights ({', '.join(parameters)}), got {len(weights)}")
-        return torch.func.functional_call(module, dict(zip(parameters, weights, strict=True)), (input, hx))
+        for name, weight in zip(parameters, weights, strict=True):
+            del module._parameters[name]
+            setattr(module, name, weight)
+        # Not the module itself, which torch.jit, tracing, would want to know of beforehand.
+        return module.forward(input, hx)
 
     return forward
 
@@ -158,7 +141,7 @@ class Options(TypedDict, total=False):
     """[T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the start of an
     episode or of a document. Backward in time, it is cleared between the same two steps."""
     cell_states: bool
-    """LSTM: a third result, the cell states of the last layer at every step, like the output."""
+    """LSTM: a third result, the cell states of the last layer at every step, in the shape and dtype of the output."""
 
 
 def _call(
@@ -172,7 +155,8 @@ def _call(
 ) -> Any:
     if len(weights) < 2:
         raise ValueError(f"expected at least weight_ih and weight_hh, got {len(weights)} weights")
-    spec = Spec(cell, weights[0].shape[-1], weights[1].shape[-1], **options)
+    # Integers, which they are not while torch.jit is tracing.
+    spec = Spec(cell, int(weights[0].shape[-1]), int(weights[1].shape[-1]), **options)
     if spec.cell_states and cell != "lstm":
         raise ValueError("cell_states is for the LSTM alone")
     return call(spec, input, hx, weights, otherwise=_torch_call(spec, weights), extras=Extras(lengths, reset))
@@ -194,7 +178,8 @@ def rnn(
     """A stack of vanilla recurrent layers, h_t = φ(W_ih x_t + b_ih + W_hh h_{t−1} + b_hh) (Elman 1990).
 
     Args:
-        input: [T, B, I]; [B, T, I] with ``batch_first``; [T, I] unbatched; or a ``PackedSequence``
+        input: [T, B, I]; [B, T, I] with ``batch_first``; [T, I] unbatched; a ``PackedSequence``; or a nested tensor
+            [B, j, I] of the layout ``torch.jagged``, which the output then is, too
         hx: the initial states [num_layers·D, B, H], D = 2 if ``bidirectional`` else 1; None: zeros
         weights: for each layer and direction ``weight_ih`` [H, I or D·H], ``weight_hh`` [H, H] and, with ``bias``,
             ``bias_ih`` and ``bias_hh`` [H]: the order of ``torch.nn.RNN.parameters()``

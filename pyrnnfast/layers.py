@@ -139,8 +139,15 @@ def run_jagged(spec: Spec, input: Any, hx: Any, extras: Extras, call: Callable[[
     packed, first, found = pack_jagged(spec, input, hx)
     output, states, *cells = call(packed, first)
     count = len(input.values())
+    # Else torch takes all rows together for the length of the longest.
+    longest = len(found.batch_sizes) if bool(found.any_steps.any()) else 0
     output, *cells = (
-        torch.nested.nested_tensor_from_jagged(segments.scatter(found, t.data, count), input.offsets(), input.lengths())
+        torch.nested.nested_tensor_from_jagged(
+            segments.scatter(found, t.data, count),
+            input.offsets(),
+            input.lengths(),
+            max_seqlen=longest,
+        )
         for t in (output, *cells)
     )
     return output, _final_states(found, states, hx, spec.directions), *cells

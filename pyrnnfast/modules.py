@@ -5,7 +5,11 @@ Constructor, initialisation, parameter names, ``state_dict``, representation and
 so that torch's answers and error texts stay torch's. :func:`explain` tells which it would be.
 """
 
-from typing import Any, NamedTuple
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -26,16 +30,97 @@ def _weight(module: torch.nn.Module, name: str) -> Any:
     return getattr(module, name) if weight is None else weight
 
 
-class _Layers(torch.nn.RNNBase):
+class _Ours(torch.nn.Module):
+    """What all of ours have besides ``forward``."""
+
+    def to_torch(self) -> torch.nn.Module:
+        """The module of ``torch.nn`` that this one stands for, for tools that know torch's own classes only.
+
+        It holds the same parameters, buffers and hooks, not copies. For a whole model see :func:`pyrnnfast.restore`.
+
+        Raises:
+            TypeError: this module is of a class derived from ours, which torch has no counterpart of.
+            ValueError: this is an LSTM with ``cell_states``, a result that torch's does not have.
+        """
+        from .replace import restore  # which imports these classes
+
+        # Not copy.copy, which parametrized modules refuse, and which would share the dictionary of parameters.
+        stock = object.__new__(type(self))
+        for name, value in vars(self).items():
+            vars(stock)[name] = copy.copy(value) if isinstance(value, (dict, list)) else value
+        if isinstance(restore(stock), _Ours):
+            raise TypeError(f"torch.nn has no counterpart of {type(self).__name__}, a class derived from pyrnnfast's")
+        return stock
+
+    def _recorded(self, input: torch.fx.Proxy, *others: Any, **options: Any) -> torch.fx.Proxy:
+        """One operation in the graph of ``torch.fx``, as which it takes torch.nn's own modules by itself."""
+        tracer: Any = input.tracer
+        found: torch.fx.Proxy = tracer.create_proxy(
+            "call_module", tracer.path_of_module(self), (input, *others), options
+        )
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch.ao hands every module of a model its qconfig before it swaps those whose exact class it knows. Ours get
+        # None where a class of torch's is named, so None does not mean that nobody wants this module quantized.
+        if name == "qconfig":
+            warnings.warn(
+                f"torch.ao.quantization does not know pyrnnfast's {type(self).__name__} and leaves it in floating "
+                "point; give it module.to_torch() or pyrnnfast.restore(model)",
+                stacklevel=2,
+            )
+        super().__setattr__(name, value)
+
+
+_P = ParamSpec("_P")
+
+
+def _passed_on(explicit: Callable[_P, None]) -> Callable[_P, None]:
+    """A constructor with the signature of ``explicit``, which hands its arguments to torch's as they came.
+
+    torch's own takes ``*args``, which ``torch.nn.utils.skip_init`` refuses; but the checks and their words are torch's.
+    """
+
+    @functools.wraps(explicit)
+    def init(self: "_Layers", *args: Any, **kwargs: Any) -> None:
+        ours = {name: kwargs.pop(name) for name in self._own_options if name in kwargs}
+        super(_Layers, self).__init__(*args, **kwargs)
+        # What is not asked for is not set: then the module's attributes are those of torch.nn's.
+        vars(self).update((name, value) for name, value in ours.items() if value)
+
+    return init  # type: ignore[return-value]
+
+
+class ExtraInputs(TypedDict, total=False):
+    """What a layer may be given besides ``input`` and ``hx``: see its ``forward``."""
+
+    lengths: Tensor | None
+    reset: Tensor | None
+
+
+def _extras(given: ExtraInputs) -> Extras:
+    for name in given:
+        if name not in Extras._fields:
+            raise TypeError(f"forward() got an unexpected keyword argument '{name}'")
+    return Extras(**given)
+
+
+_NO_EXTRAS = Extras()
+
+
+class _Layers(_Ours, torch.nn.RNNBase):
     """The ``forward`` of RNN, GRU and LSTM."""
 
+    _own_options: ClassVar[tuple[str, ...]] = ()
     cell_states = False
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset: Tensor | None = None) -> Any:
+    # Not `*, lengths=None, reset=None`: torch's older ONNX exporter passes such by position.
+    def forward(self, input: Any, hx: Any = None, **given: Unpack[ExtraInputs]) -> Any:
         """The output of the last layer at every step and the final state(s) of all layers, as of ``torch.nn``.
 
         Args:
-            input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, or a ``PackedSequence``
+            input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, a ``PackedSequence``, or a nested tensor
+                [B, j, I] of the layout ``torch.jagged``, which the output then is, too
             hx: [num_layers·D, B, H] (without B when unbatched), a pair of them for the LSTM; None: zeros
             lengths: [B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are
                 real. Padding is never read; outputs there are zero, and final states are those after the last real step
@@ -52,11 +137,13 @@ class _Layers(torch.nn.RNNBase):
             TypeError, ValueError: ``lengths`` or ``reset`` are not as above, or not served with this input.
         """
         weights = self._weights()
-        extras = Extras(lengths, reset)
+        extras = _extras(given) if given else _NO_EXTRAS
         if self._is_plain() and not extras and type(input) is Tensor and input.dim() == 3:
             found = functional.infer(self.mode.lower(), self.input_size, self.hidden_size, input, hx, weights)
             if found is not None:
                 return found
+        elif isinstance(input, torch.fx.Proxy):
+            return self._recorded(input, hx, **given)
         return functional.call(self._spec(), input, hx, weights, otherwise=super().forward, extras=extras)
 
     def _is_plain(self) -> bool:
@@ -86,9 +173,38 @@ class _Layers(torch.nn.RNNBase):
 class RNN(_Layers, torch.nn.RNN):
     """``torch.nn.RNN`` on fused kernels."""
 
+    @_passed_on
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None: ...
+
 
 class GRU(_Layers, torch.nn.GRU):
     """``torch.nn.GRU`` on fused kernels."""
+
+    @_passed_on
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None: ...
 
 
 class LSTM(_Layers, torch.nn.LSTM):
@@ -98,16 +214,30 @@ class LSTM(_Layers, torch.nn.LSTM):
         cell_states: a third result, the cell states of the last layer at every step, [T, B, D·H] like the output
     """
 
-    def __init__(self, *args: Any, cell_states: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if cell_states:  # else the module's attributes are those of torch.nn's
-            self.cell_states = True
+    _own_options = ("cell_states",)
+
+    @_passed_on
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        cell_states: bool = False,
+    ) -> None: ...
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", cell_states=True" if self.cell_states else "")
 
 
-class _Cells(torch.nn.RNNCellBase):
+class _Cells(_Ours, torch.nn.RNNCellBase):
     """The ``forward`` of RNNCell, GRUCell and LSTMCell."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -125,6 +255,8 @@ class _Cells(torch.nn.RNNCellBase):
             found = functional.infer(self._kind(), self.input_size, self.hidden_size, input, hx, weights)
             if found is not None:
                 return found
+        elif isinstance(input, torch.fx.Proxy):
+            return self._recorded(input, hx)
         return functional.call(self._spec(), input, hx, weights, otherwise=super().forward)
 
     def _kind(self) -> str:

@@ -55,5 +55,11 @@ def restore(model: ModelT) -> ModelT:
 
     Returns:
         ``model`` itself.
+
+    Raises:
+        ValueError: ``model`` has an LSTM with ``cell_states``, which torch has not; nothing is swapped then.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, modules.LSTM) and module.cell_states:
+            raise ValueError(f"torch.nn.LSTM has no cell_states, as asked of {name or 'the module'}")
     return _swap(model, _STOCK)

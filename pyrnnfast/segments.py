@@ -44,6 +44,12 @@ def values(t: Tensor) -> NDArray[Any]:
         return t.cpu().numpy()
 
 
+def unwrapped(t: Tensor) -> Tensor:
+    """The same values in a tensor that no transform wraps."""
+    with torch._C._DisableFuncTorch():
+        return torch.from_numpy(values(t))
+
+
 def integers(t: Tensor) -> Integers:
     return values(t).astype(np.int64)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
-from .autograd import Outputs, differentiable, differentiable_backward, reference_layer
+from .autograd import Outputs, batched, differentiable, differentiable_backward, reference_layer
 from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
 
 # What the functions below are made for, the outermost first.
@@ -59,7 +59,8 @@ class _Layer(torch.autograd.Function):
         upstream = grads[:4]
         if all(g is None for g in upstream):
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        transformed = torch._C._are_functorch_transforms_active()
+        if not transformed and (torch.is_grad_enabled() or batched(upstream)):
             found = differentiable_backward(ctx.cell, needs, x, None, h0, c0, weights, Upstream(*upstream))
             return None, None, found.x, found.h0, found.c0, *found.weights
         *found, _ = _Backward.apply(ctx.cell, tuple(needs), False, x, h0, c0, *kept, *upstream, *weights)
@@ -124,11 +125,11 @@ class _Backward(torch.autograd.Function):
 
 
 def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """The mapped dimension made one with the batch."""
+    """The mapped dimension made one with the batch, in rows that do not share memory."""
     if t is None:
         return None
     mapped = t.unsqueeze(1).expand(t.shape[0], size, *t.shape[1:]) if dim is None else t.movedim(dim, 1)
-    return mapped.flatten(1, 2)
+    return mapped.flatten(1, 2).contiguous()
 
 
 def _unfolded(results: Sequence[Tensor | None], size: int) -> tuple[Tensors, tuple[int | None, ...]]:

@@ -189,3 +189,36 @@ def test_deeper_stacks(case: Case) -> None:
         for fn in (ours, theirs)
     )
     assert_close(found, expected)
+
+
+@every_case
+def test_jacobians_of_one_sequence(case: Case) -> None:
+    """By vmap over backward alone, of torch.func and of torch.autograd."""
+    module = replace(case, batch=1).module(pyrnnfast, torch.float64)
+    x, states = replace(case, batch=1).operands(torch.float64)
+    hx = case.hx(tuple(s.detach() for s in states))
+
+    def run(x: Tensor) -> Tensor:
+        found = module(x, hx)
+        return found if isinstance(found, Tensor) else found[0]
+
+    expected = torch.autograd.functional.jacobian(run, x.detach())
+    assert_close(torch.func.jacrev(run)(x.detach()), expected)
+    assert_close(torch.autograd.functional.jacobian(run, x.detach(), vectorize=True), expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradient_of_the_weights_with_packed_input(cell: str) -> None:
+    """Packed inside the transform, where torch wraps even batch_sizes."""
+    case = Case(cell, lengths=(2, 4, 1), bidirectional=True)
+    module = case.module(pyrnnfast, torch.float64)
+    x = case.operands(torch.float64)[0].detach()
+
+    def loss(parameters: Parameters) -> Tensor:
+        y, _ = torch.func.functional_call(module, parameters, (case.packed(x),))
+        return y.data.sin().sum()
+
+    parameters = dict(module.named_parameters())
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    found = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    assert_close(list(found.values()), list(expected))
