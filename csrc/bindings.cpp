@@ -65,11 +65,12 @@ void backward(const py::args& args, const py::kwargs& kwargs) {
   run_without_gil(check_backward(arguments.text(0), o), threads);
 }
 
+template <Product (*check)(const Operand&, const Operand&, const Operand&)>
 void product(const py::args& args, const py::kwargs& kwargs) {
   static const std::vector<const char*> names = {"a", "b", "out", "threads"};
-  const Arguments arguments("matmul", names, args, kwargs);
-  const Product p = check_product(read_tensor(arguments[0], names[0]), read_tensor(arguments[1], names[1]),
-                                  read_tensor(arguments[2], names[2]));
+  const Arguments arguments(check == check_product ? "matmul" : "outer_products", names, args, kwargs);
+  const Product p = check(read_tensor(arguments[0], names[0]), read_tensor(arguments[1], names[1]),
+                          read_tensor(arguments[2], names[2]));
   const int threads = check_threads(arguments.integer(3));
   const py::gil_scoped_release release;
   run(p, threads);
@@ -180,5 +181,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("select_instruction_set", &use_instruction_set);
   m.def("activation", &activation);
   m.def("set_threshold", &set_threshold_of, "For tests; see csrc/cpu/schedule.h.");
-  m.def("matmul", &product, "out = a b, by the register tile: for benchmarks and tests.");
+  m.def("matmul", &product<check_product>, "out = a b, by the register tile: for benchmarks and tests.");
+  m.def("outer_products", &product<check_outer_products>, "out[s] = Σ_k a[s, k] ⊗ b[s, k].");
 }

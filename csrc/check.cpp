@@ -116,6 +116,21 @@ class Door {
     return m;
   }
 
+  // The first of [samples, rows, columns].
+  Matrix of_sample(const Operand& o, const char* name, int64_t samples, int64_t rows, int64_t columns) const {
+    enters(o, name, Need::always);
+    if (!(o.shape[0] == samples && o.shape[1] == rows && o.shape[2] == columns))
+      fail(name, ": expected size [" + std::to_string(samples) + ", " + std::to_string(rows) + ", " +
+                     std::to_string(columns) + "], got " + shape_text(o));
+    Operand part = o;
+    part.dimensions = 2;
+    for (int i = 0; i < 2; ++i) {
+      part.shape[i] = o.shape[i + 1];
+      part.stride[i] = o.stride[i + 1];
+    }
+    return contiguous_rows(part, name, rows, columns);
+  }
+
   // Columns [first, first + …) of a matrix.
   Matrix columns_from(const Matrix& m, int64_t first) const {
     return {m.data == nullptr ? nullptr : static_cast<char*>(m.data) + first * element_bytes(), m.stride};
@@ -314,6 +329,36 @@ Checked<Backward> check_backward(const std::string& cell, const BackwardOperands
     p.dh0 = door.of_direction(o.dh0, "dh0", d, D, B, H, Need::optional);
     p.dc0 = door.of_direction(o.dc0, "dc0", d, D, B, H, when(w.cell, Need::optional));
   });
+}
+
+Product check_outer_products(const Operand& a, const Operand& b, const Operand& out) {
+  const Operand* const operands[] = {&a, &b, &out};
+  const char* const names[] = {"a", "b", "out"};
+  for (int i = 0; i < 3; ++i) {
+    require_present(*operands[i], names[i]);
+    if (operands[i]->dimensions != 3) fail(names[i], ": expected three dimensions, got " + shape_text(*operands[i]));
+  }
+  Product p;
+  p.dtype = dtype_of(a, "a");
+  if (p.dtype == Dtype::bfloat16) fail("a must be a float32 or float64 tensor");
+  p.transposed = true;
+  p.samples = a.shape[0];
+  p.depth = a.shape[1];
+  p.rows = a.shape[2];
+  p.columns = b.shape[2];
+  require_size(p.samples, "number of samples");
+  require_size(p.depth, "number of rows of a");
+  require_size(p.rows, "number of columns of a");
+  require_size(p.columns, "number of columns of b");
+  const Door door(a.type);
+  p.a = door.of_sample(a, "a", p.samples, p.depth, p.rows);
+  p.b = door.of_sample(b, "b", p.samples, p.depth, p.columns);
+  p.out = door.of_sample(out, "out", p.samples, p.rows, p.columns);
+  p.next_a = a.stride[0];
+  p.next_b = b.stride[0];
+  p.next_out = out.stride[0];
+  if (!(p.samples == 1 || p.next_out >= (p.rows - 1) * p.out.stride + p.columns)) fail("out: samples must not overlap");
+  return p;
 }
 
 Product check_product(const Operand& a, const Operand& b, const Operand& out) {

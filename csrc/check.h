@@ -57,5 +57,7 @@ std::vector<int64_t> check_batch_sizes(const Operand& batch_sizes, int64_t rows)
 int check_threads(int64_t threads);
 // out [M, N] = a [M, K] b [K, N], for benchmarks and tests of the tile.
 Product check_product(const Operand& a, const Operand& b, const Operand& out);
+// out[s] [M, N] = Σ_k a[s, k] ⊗ b[s, k] for a [S, K, M] and b [S, K, N]: the weight gradients of samples by themselves.
+Product check_outer_products(const Operand& a, const Operand& b, const Operand& out);
 
 }  // namespace pyrnnfast

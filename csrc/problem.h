@@ -61,11 +61,13 @@ struct Backward : Problem {
   Matrix dgates;                  // [N, P·H], out: the P gate gradients of each row (cells.h)
 };
 
-// out [M, N] = a [M, K] b [K, N]: the tile by itself.
+// The tile by itself: out [M, N] = a [M, K] b [K, N], or, for each of several samples, out [M, N] = aᵀ b with a [K, M].
 struct Product {
   Dtype dtype = Dtype::float32;
   int64_t rows = 0, columns = 0, depth = 0;  // M, N, K
   Matrix a, b, out;
+  bool transposed = false;
+  int64_t samples = 1, next_a = 0, next_b = 0, next_out = 0;  // elements from a sample to the next
 };
 
 }  // namespace pyrnnfast

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
+from . import _cpu
 from .autograd import Outputs, batched, differentiable, differentiable_backward, reference_layer
 from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
 
@@ -171,12 +172,21 @@ def _weight_gradients(
         for_h = [left[..., : 2 * hidden], left[..., 3 * hidden :]] if cell == "gru" else for_x
         need = needs[4 * d : 4 * d + 4]
         found += [
-            _joined([part.mT @ x_rows for part in for_x]) if need[0] else None,
-            _joined([part.mT @ h_rows for part in for_h]) if need[1] else None,
+            _joined([_outer_products(part, x_rows) for part in for_x]) if need[0] else None,
+            _joined([_outer_products(part, h_rows) for part in for_h]) if need[1] else None,
             _joined([part.sum(1) for part in for_x]) if need[2] else None,
             _joined([part.sum(1) for part in for_h]) if need[3] else None,
         ]
     return found
+
+
+def _outer_products(a: Tensor, b: Tensor) -> Tensor:
+    """Of each sample the sum over its rows of their outer products: [S, K, M] and [S, K, N] give [S, M, N]."""
+    if a.dtype is torch.bfloat16 or differentiable(a, b):
+        return a.mT @ b
+    out = a.new_empty(len(a), a.shape[2], b.shape[2])
+    _cpu.outer_products(a, b, out, torch.get_num_threads())
+    return out
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -327,6 +327,12 @@ def other_functions() -> int:
         makers = BAD_TENSORS | BAD_MATRICES | {"none": lambda t: None}
         bad += [(_cpu.matmul, *(good | {name: make(value.clone())}).values(), 1) for make in makers.values()]
     bad += [(_cpu.matmul, *good.values(), threads) for threads in BAD_OTHERS["threads"]]
+    good = {"a": torch.ones(2, 3, 4), "b": torch.ones(2, 3, 6), "out": torch.ones(2, 4, 6)}
+    for name, value in good.items():
+        makers = BAD_TENSORS | BAD_MATRICES | {"none": lambda t: None}
+        makers |= {"overlapping": BAD_LEADS["overlapping_leads"]} if name == "out" else {}
+        bad += [(_cpu.outer_products, *(good | {name: make(value.clone())}).values(), 1) for make in makers.values()]
+    bad += [(_cpu.outer_products, *good.values(), threads) for threads in BAD_OTHERS["threads"]]
     for function, *args in bad:
         try:
             function(*args)

@@ -1,5 +1,6 @@
 """``_cpu.matmul``: the register tile by itself, whose edges the layers reach only in part."""
 
+import math
 from itertools import product
 from typing import Any
 
@@ -140,3 +141,19 @@ BAD_CALLS: dict[str, tuple[Any, ...]] = {
 def test_bad_operands(bad: str) -> None:
     with pytest.raises((TypeError, ValueError), match=r"."):
         _cpu.matmul(*BAD_CALLS[bad])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("samples", "rows", "m", "n"), [(1, 1, 1, 1), (3, 5, 7, 67), (4, 600, 33, 20), (2, 17, 70, 1)])
+def test_outer_products(
+    samples: int, rows: int, m: int, n: int, threads: int, dtype: torch.dtype, instruction_set: str
+) -> None:
+    """Also of samples that lie side by side, so that a row of one is far from the next."""
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(rows, samples, k, generator=generator, dtype=dtype).transpose(0, 1) for k in (m, n))
+    true = a.double().mT @ b.double()
+    for left, right in ((a, b), (a.contiguous(), b.contiguous())):
+        out = torch.full((samples, m, n), math.nan, dtype=dtype)
+        _cpu.outer_products(left, right, out, threads)
+        torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=1e-5 * rows**0.5)

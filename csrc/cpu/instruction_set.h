@@ -30,15 +30,18 @@ template <class S>
 void multiply_share(const Product& p, void* panel, int rank, int size) {
   using T = typename S::Scalar;
   const int64_t begin = share_of(p.rows, rank, size), count = share_of(p.rows, rank + 1, size) - begin;
+  const int64_t blocks = ceil_div(p.columns, kMaxVectors * S::lanes);
   auto* packed = static_cast<T*>(panel) + rank * kDepth * kMaxVectors * S::lanes;
-  for (int64_t index = 0; index < ceil_div(p.columns, kMaxVectors * S::lanes) && count > 0; ++index) {
-    const Block b = block_at<S>(p.columns, kMaxVectors, index);
+  for (int64_t index = 0; index < p.samples * blocks && count > 0; ++index) {
+    const int64_t sample = index / blocks;
+    const Block b = block_at<S>(p.columns, kMaxVectors, index % blocks);
     for (int64_t k = 0; k < p.depth; k += kDepth) {
       const int64_t depth = p.depth - k < kDepth ? p.depth - k : kDepth;
-      pack_by_column<S>(at<const T>(p.b, k, 0), p.b.stride, depth, b, packed);
-      multiply<S>(Left<T>{at<const T>(p.a, begin, k), p.a.stride, 1}, count, p.rows,
-                  Panel<T>{packed, b.vectors * S::lanes}, b.present, depth, at<T>(p.out, begin, b.first), p.out.stride,
-                  k > 0);
+      pack_by_column<S>(at<const T>(p.b, k, 0) + sample * p.next_b, p.b.stride, depth, b, packed);
+      Left<T> left{at<const T>(p.a, begin, k), p.a.stride, 1};
+      if (p.transposed) left = {at<const T>(p.a, k, begin) + sample * p.next_a, 1, p.a.stride};
+      multiply<S>(left, count, p.rows, Panel<T>{packed, b.vectors * S::lanes}, b.present, depth,
+                  at<T>(p.out, begin, b.first) + sample * p.next_out, p.out.stride, k > 0);
     }
   }
 }
