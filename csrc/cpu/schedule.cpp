@@ -48,8 +48,9 @@ constexpr int64_t kRowsPerThread = 4;
 constexpr int64_t kLargeWeights = 192 << 10, kFewRows = 16;
 
 constexpr size_t kLargePage = size_t{2} << 20;
-// What is larger, no allocator of torch's keeps for the next call (glibc's largest threshold).
-constexpr size_t kNeverKept = size_t{32} << 20;
+// A result beyond this may come fresh from the system at each call: always beyond 32 MB (glibc's largest threshold), and
+// else where the heap has been cut back meanwhile.
+constexpr size_t kPerhapsFresh = size_t{3} << 20;
 
 // Large memory comes fresh from the system, page by page at the first touch: large pages are fewer. A wish only;
 // refusal is no error. Granted ones are touched here, without a change to what stands there, and by one thread: two
@@ -279,7 +280,7 @@ void run_kernel(const P& p, const Kernel<P>& kernel, int threads) {
   if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
   for (const Matrix& result : Order<P>::results(p)) {
     const auto bytes = static_cast<size_t>(rows * result.stride * bytes_of(p.dtype));
-    if (bytes > kNeverKept) wish_for_large_pages(result.data, bytes);
+    if (bytes > kPerhapsFresh) wish_for_large_pages(result.data, bytes);
   }
   Plan plan = make_plan(p);
   // A chunk has at least one step.
