@@ -48,8 +48,8 @@ constexpr int64_t kRowsPerThread = 4;
 constexpr int64_t kLargeWeights = 192 << 10, kFewRows = 16;
 
 constexpr size_t kLargePage = size_t{2} << 20;
-// A result beyond this may come fresh from the system at each call: always beyond 32 MB (glibc's largest threshold), and
-// else where the heap has been cut back meanwhile.
+// A result beyond this may come fresh from the system at each call: always beyond 32 MB (glibc's largest threshold),
+// and else where the heap has been cut back meanwhile.
 constexpr size_t kPerhapsFresh = size_t{3} << 20;
 
 // Large memory comes fresh from the system, page by page at the first touch: large pages are fewer. A wish only;
