@@ -35,7 +35,7 @@ class Outputs(NamedTuple):
     cells: Tensor | None
 
 
-def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward whose products keep their dtype where it runs inside an autocast region; the forward ran outside."""
 
     @functools.wraps(backward)
@@ -48,9 +48,17 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def batched(grads: Sequence[Tensor | None]) -> bool:
-    """Whether gradients have a dimension that torch hides (``is_grads_batched``): no kernel can read them."""
-    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass with these gradients has to go by the reference.
+
+    So it is where the result has to be differentiated itself (``create_graph``, or forward mode around backward), and
+    where the gradients have a dimension that torch hides (``is_grads_batched``).
+    """
+    return (
+        torch.is_grad_enabled()
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+    )
 
 
 class _Layer(torch.autograd.Function):
@@ -82,7 +90,7 @@ class _Layer(torch.autograd.Function):
         return (y, h_n) if c_n is None else (y, h_n, c_n)
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # Once: checkpointing lets them be unpacked only once.
         x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
@@ -95,8 +103,7 @@ class _Layer(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         upstream = Upstream(*grads)
-        if torch.is_grad_enabled() or batched(grads):
-            # create_graph: the gradient has to be differentiable itself, so it goes through the reference.
+        if beyond_kernels(grads):
             found = differentiable_backward(cell, needs, x, batch_sizes, h0, c0, weights, upstream)
         else:
             found = backward(cell, needs, x, batch_sizes, h0, c0, weights, y, kept, upstream)
@@ -118,13 +125,13 @@ class _Step(torch.autograd.Function):
         return h if c is None else (h, c)
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, h0, c0, *weights, h, gates, cells = ctx.saved_tensors
         cell, needs = ctx.cell, ctx.needs_input_grad[1:]
         if grad_h is None and grad_c is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled() or batched((grad_h, grad_c)):
+        if beyond_kernels((grad_h, grad_c)):
             one_h0, one_c0, *finals = (None if t is None else t.unsqueeze(0) for t in (h0, c0, grad_h, grad_c))
             upstream = Upstream(None, *finals)
             found = differentiable_backward(cell, needs, x.unsqueeze(0), None, one_h0, one_c0, weights, upstream)
@@ -174,10 +181,14 @@ def differentiable_backward(
     Args:
         needs: of x, h0, c0 and each weight, whether its gradient is wanted
     """
+    if torch._C._are_functorch_transforms_active():
+        return _backward_inside_transforms(cell, needs, x, batch_sizes, h0, c0, weights, grads)
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # A name of its own for each input: one tensor may come in twice, and each gets its own share of the gradient.
-        inputs = [None if t is None else t.view_as(t) for t in (x, h0, c0, *weights)]
+        inputs = [
+            None if t is None else _named_anew(t, need) for t, need in zip((x, h0, c0, *weights), needs, strict=True)
+        ]
         data, h0, c0, *weights = inputs
         assert data is not None
         outputs = reference_layer(cell, data, batch_sizes, h0, c0, weights)
@@ -188,6 +199,83 @@ def differentiable_backward(
     )
     found = [next(results) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
     return Gradients(found[0], found[1], found[2], tuple(found[3:]))
+
+
+def _backward_inside_transforms(
+    cell: str,
+    needs: Sequence[bool],
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    grads: Upstream,
+) -> Gradients:
+    """The same where torch.func does not let autograd be used."""
+    operands = (x, h0, c0, *weights)
+    asked = [k for k, (t, need) in enumerate(zip(operands, needs, strict=True)) if need and t is not None]
+
+    def forward(*chosen: Tensor | None) -> tuple[Tensor, ...]:
+        own = list(operands)
+        for k, t in zip(asked, chosen, strict=True):
+            own[k] = t
+        data, first, first_cell, *rest = own
+        assert data is not None
+        outputs = reference_layer(cell, data, batch_sizes, first, first_cell, rest)
+        return tuple(o for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None)
+
+    back = torch.func.vjp(forward, *(operands[k] for k in asked))[1]
+    found: list[Tensor | None] = [None] * len(operands)
+    for k, g in zip(asked, back(tuple(g for g in grads if g is not None)), strict=True):
+        found[k] = g
+    return Gradients(found[0], found[1], found[2], tuple(found[3:]))
+
+
+def _named_anew(t: Tensor, need: bool) -> Tensor:
+    """A tensor that stands for this one alone, and has a gradient where it is needed, whatever becomes of it."""
+    alias = t.view_as(t)
+    # Asked of the alias: what a transform of torch.func has left behind only says that it does.
+    return alias.detach().requires_grad_() if need and not alias.requires_grad else alias
+
+
+def second_backward(
+    cell: str,
+    needs: Sequence[bool],
+    operands: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    upstream: Upstream,
+    grads: Sequence[Tensor | None],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Back through a backward pass: the gradients of its operands and of its upstream gradients.
+
+    What a forward pass has kept is a function of the operands, and the reference knows which: all goes to them.
+
+    Args:
+        needs: as of the backward pass
+        operands: x, h0, c0 and the weights
+        grads: of the gradients that the backward pass gave, as many as the operands
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [None if t is None else _named_anew(t, True) for t in operands]
+        upper = [None if g is None else _named_anew(g, True) for g in upstream]
+        data, h0, c0, *weights = own
+        assert data is not None
+        found = differentiable_backward(cell, needs, data, batch_sizes, h0, c0, weights, Upstream(*upper))
+        used = [
+            (r, g) for r, g in zip((*found[:3], *found.weights), grads, strict=True) if r is not None and g is not None
+        ]
+        asked = [t for t in (*own, *upper) if t is not None]
+        second: Sequence[Tensor | None] = (
+            torch.autograd.grad(
+                [r for r, _ in used], asked, [g for _, g in used], create_graph=again, allow_unused=True
+            )
+            if used
+            else [None] * len(asked)
+        )
+    results = iter(second)
+    spread = [None if t is None else next(results) for t in (*own, *upper)]
+    return spread[: len(own)], spread[len(own) :]
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

@@ -178,7 +178,10 @@ def pack_jagged(spec: Spec, input: Any, hx: Any) -> tuple[PackedSequence, Any, s
 def _packed(found: segments.Segments, data: Tensor, hx: Any, directions: int) -> tuple[PackedSequence, Any]:
     """Segments of ``data`` [rows, I] and their initial states, for sequences with ``hx``."""
     rows = data.index_select(0, found.places)
-    if torch.compiler.is_compiling() or len(rows):  # a graph cannot ask
+    if torch.compiler.is_compiling():
+        rows = rows.where(found.any_steps.any(), rows.new_zeros(()))
+        first = _map(hx, functools.partial(segments.initial_states, found, directions))
+    elif len(rows):
         first = _map(hx, functools.partial(segments.initial_states, found, directions))
     else:  # all sequences are empty, but results are functions of the operands all the same
         rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))

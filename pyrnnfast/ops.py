@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import Outputs, differentiable, differentiable_backward
+from .autograd import Outputs, differentiable, second_backward, without_autocast
 from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
 from .segments import Segments, of_padded
 
@@ -75,7 +75,14 @@ def _layer(
 ) -> Five:
     _refuse_forward_mode()
     given = _with_biases(weights, directions)
+    if x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     gates, cells = _room(cell, x, given, keep, cell_states)
+    if x.shape[:-1].numel() == 0:  # an empty batch
+        _, hidden = sizes(given)
+        h_n = x.new_empty(directions, 0, hidden)
+        last = h_n.clone() if CELLS[cell].has_cell else x.new_empty(0)
+        return x.new_empty(*x.shape[:-1], directions * hidden), h_n, last, gates, cells
     kept: Tensors = ()
     if keep:
         kept = _kept(cell, gates, cells, given)
@@ -127,6 +134,9 @@ def _layer_backward(
     grad_cells: Tensor | None,
 ) -> list[Tensor]:
     _refuse_forward_mode()
+    if x.shape[:-1].numel() == 0:  # an empty batch
+        operands = zip((x, h0, c0, *weights), needs, strict=True)
+        return [torch.zeros_like(t) for t, need in operands if need and t is not None]
     upstream = Upstream(grad_y, grad_h_n, grad_c_n, grad_cells)
     given = _with_biases(weights, directions)
     kept = _kept(cell, gates, cells, given)
@@ -153,7 +163,9 @@ def _fake_layer_backward(
     ]
 
 
-def _spread(found: Sequence[Tensor], needs: Sequence[bool], operands: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _spread(
+    found: Sequence[Tensor | None], needs: Sequence[bool], operands: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Each to its operand, None where there is none."""
     results = iter(found)
     return [next(results) if need and t is not None else None for t, need in zip(operands, needs, strict=True)]
@@ -211,29 +223,18 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
     ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, *grads)
 
 
-def _backward_of_backward(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
-    """The kept results are functions of the operands, and the reference knows which: all goes to the operands."""
+@without_autocast
+def _backward_of_backward(ctx: Any, grad: list[Tensor | None]) -> tuple[Any, ...]:
     x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
-    weights, grads = rest[: ctx.count], rest[ctx.count :]
-    operands, again = (x, h0, c0, *weights), torch.is_grad_enabled()
-    with torch.enable_grad():
-        own = [None if t is None else t.detach().requires_grad_() if not t.requires_grad else t for t in operands]
-        upstream = [None if g is None else g.detach().requires_grad_() if not g.requires_grad else g for g in grads]
-        data, first, first_cell, *of_weights = own
-        assert data is not None
-        given = _with_biases(of_weights, ctx.directions)  # type: ignore[arg-type]
-        needed = _with_biases(ctx.needs[3:], ctx.directions)
-        needs = [*ctx.needs[:3], *(bool(n) for n in needed)]
-        found = differentiable_backward(
-            ctx.cell, needs, data, batch_sizes, first, first_cell, given, Upstream(*upstream)
-        )
-        results = [g for g in (found.x, found.h0, found.c0, *found.weights) if g is not None]
-        asked = [t for t in (*own, *upstream) if t is not None]
-        second = torch.autograd.grad(
-            results, asked, grad, create_graph=again, allow_unused=True, materialize_grads=True
-        )
-    dx, dh0, dc0, *others = _spread(second, [True] * (len(own) + len(upstream)), (*own, *upstream))
-    return None, None, dx, None, dh0, dc0, others[: ctx.count], None, None, None, None, *others[ctx.count :]
+    weights, upstream = _with_biases(rest[: ctx.count], ctx.directions), Upstream(*rest[ctx.count :])
+    needs = [*ctx.needs[:3], *(bool(n) for n in _with_biases(ctx.needs[3:], ctx.directions))]
+    operands = (x, h0, c0, *weights)
+    of_operands, of_upstream = second_backward(
+        ctx.cell, needs, operands, batch_sizes, upstream, _spread(grad, needs, operands)
+    )
+    dx, dh0, dc0, *others = of_operands
+    dweights = [g for g, w in zip(others, weights, strict=True) if w is not None]
+    return None, None, dx, None, dh0, dc0, dweights, None, None, None, None, *of_upstream
 
 
 torch.library.register_autograd("pyrnnfast::layer_backward", _backward_of_backward, setup_context=_setup_backward)
@@ -272,7 +273,12 @@ torch.library.define(
 def _segments(
     lengths: Tensor | None, reset: Tensor | None, steps: int, batch: int, batch_first: bool
 ) -> tuple[Tensor, ...]:
-    return tuple(of_padded(lengths, reset, steps, batch, batch_first))
+    found = of_padded(lengths, reset, steps, batch, batch_first)
+    if len(found.places) > 0:
+        return tuple(found)
+    # All sequences are empty. A graph does not ask, so it is given a row, which layers.py clears.
+    one, no = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
+    return one, found.batch_sizes, one.clone(), no, no.clone(), *found[5:]
 
 
 @torch.library.register_fake("pyrnnfast::segments")  # type: ignore[untyped-decorator]

@@ -40,6 +40,11 @@ def _rows(matrix: Tensor | None) -> Tensor | None:
     return matrix if matrix is None or matrix.is_contiguous() else matrix.contiguous()
 
 
+def _columns_together(kept: Tensor | None) -> Tensor | None:
+    """The same of what a forward pass has kept, whose rows may be apart: hooks for saved tensors may change strides."""
+    return kept if kept is None or kept.stride(-1) == 1 else kept.contiguous()
+
+
 def _gradient(matrix: Tensor | None) -> Tensor | None:
     """The same of a gradient, which autograd may hand over with a lazy sign that only torch knows of."""
     return None if matrix is None else _rows(matrix.resolve_neg())
@@ -165,7 +170,7 @@ def side_by_side(gates: Tensor | None, cells: Tensor | None, weights: Sequence[T
     """The columns of each direction, as a pass takes them; None for what a cell does not have or nobody asks for."""
     directions, _ = sizes(weights)
     parts = [
-        (None,) * directions if t is None else t.view(-1, t.shape[-1]).chunk(directions, 1) for t in (gates, cells)
+        (None,) * directions if t is None else t.reshape(-1, t.shape[-1]).chunk(directions, 1) for t in (gates, cells)
     ]
     return tuple(t for pair in zip(*parts, strict=True) for t in pair)
 
@@ -218,8 +223,8 @@ def backward(
         _rows(h0),
         _rows(c0),
         tuple([_rows(w) for w in weights]),
-        y,
-        kept,
+        _rows(y),  # type: ignore[arg-type]
+        tuple([_columns_together(k) for k in kept]),
         _gradient(grads.y),
         _gradient(grads.h_n),
         _gradient(grads.c_n),

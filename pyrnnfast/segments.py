@@ -138,7 +138,9 @@ def final_states(found: Segments, state: Tensor, before: Tensor | None, directio
 def scatter(found: Segments, rows: Tensor, count: int) -> Tensor:
     """Packed rows back in their places among `count`, zeros where there is padding; rows beyond the segments' are none
     of theirs."""
-    zeros, own = rows.new_zeros(count, rows.shape[1]), rows[: len(found.places)]
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    zeros, own = rows.new_zeros(count, rows.shape[1]), rows[: found.places.shape[0]]
+    if torch.compiler.is_compiling():
+        own = own.where(found.any_steps.any(), own.new_zeros(()))
+    elif torch._C._are_functorch_transforms_active():
         return zeros.index_copy(0, found.places, own)  # vmap cannot write rows that it maps into what it does not
     return zeros.index_copy_(0, found.places, own)

@@ -42,7 +42,8 @@ def carry(hx: StateT, reset: Tensor | None = None) -> StateT:
     if hx is None:
         return hx
     if isinstance(hx, (tuple, list)):
-        return type(hx)(carry(state, reset) for state in hx)
+        states = [carry(state, reset) for state in hx]
+        return type(hx)(*states) if hasattr(hx, "_fields") else type(hx)(states)
     if not isinstance(hx, Tensor):
         raise TypeError(f"a state is a tensor, or tuples or lists of them, not {type(hx).__name__}")
     if reset is None:

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 from . import _cpu
-from .autograd import Outputs, batched, differentiable, differentiable_backward, reference_layer
+from .autograd import (
+    Outputs,
+    beyond_kernels,
+    differentiable,
+    differentiable_backward,
+    reference_layer,
+    second_backward,
+)
 from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
 
 # What the functions below are made for, the outermost first.
@@ -60,8 +67,9 @@ class _Layer(torch.autograd.Function):
         upstream = grads[:4]
         if all(g is None for g in upstream):
             return (None,) * len(ctx.needs_input_grad)
-        transformed = torch._C._are_functorch_transforms_active()
-        if not transformed and (torch.is_grad_enabled() or batched(upstream)):
+        # torch.func enables gradients for whatever it does; what it asks for by that, the kernels have.
+        transformed = torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
+        if not transformed and beyond_kernels(upstream):
             found = differentiable_backward(ctx.cell, needs, x, None, h0, c0, weights, Upstream(*upstream))
             return None, None, found.x, found.h0, found.c0, *found.weights
         *found, _ = _Backward.apply(ctx.cell, tuple(needs), False, x, h0, c0, *kept, *upstream, *weights)
@@ -97,18 +105,26 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        pass
+        ctx.cell, ctx.needs, ctx.with_dgates, x, h0, c0, _, _, _, *rest = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, c0, *rest)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> Any:
-        raise NotImplementedError("the gradient of a gradient goes through the reference (transforms.layer)")
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of ordinary autograd, outside of the transforms that the kernels have served."""
+        assert not ctx.with_dgates
+        x, h0, c0, *rest = ctx.saved_tensors
+        upstream, operands = Upstream(*rest[:4]), (x, h0, c0, *rest[4:])
+        of_operands, of_upstream = second_backward(ctx.cell, ctx.needs, operands, None, upstream, grads[:-1])
+        return None, None, None, *of_operands[:3], None, None, None, *of_upstream, *of_operands[3:]
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[Any, ...], cell: str, needs: tuple[bool, ...], with_dgates: bool, *operands: Any
     ) -> tuple[Any, Any]:
         dims, size = in_dims[3:], info.batch_size
-        if any(d is not None for d in dims[10:]):
+        # dgates have no derivative, so what ordinary autograd will come back to does without them.
+        if any(d is not None for d in dims[10:]) or (any(needs[3:]) and differentiable(*operands)):
             return _one_by_one(lambda *one: _Backward.apply(cell, needs, with_dgates, *one), size, dims, operands)
         weights = operands[10:]
         folded = [_fold(t, d, size) for t, d in zip(operands[:10], dims, strict=False)]

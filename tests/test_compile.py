@@ -277,6 +277,94 @@ def test_gradcheck_of_the_operators(cell: str, packed: bool, directions: int) ->
     assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradient_penalty_through_the_operators(cell: str) -> None:
+    """Of a loss that is not linear, with an input that has a history, and operands that share theirs."""
+    case = Case(cell, steps=4, batch=3, bidirectional=True)
+    module = case.module(pyrnnfast, torch.float64)
+    weights = [w for name, w in module.named_parameters() if not name.endswith("_reverse")]
+    leaf, _ = case.operands(torch.float64)
+    h0 = torch.zeros(2, 3, 5, dtype=torch.float64)
+
+    def penalty(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        x = leaf.sin()
+        own = h0 + x[:1].sum()
+        y = run(x, own)
+        (g,) = torch.autograd.grad(y.pow(3).sum(), leaf, create_graph=True)
+        total = g.square().sum() + y.square().sum()
+        first = torch.autograd.grad(total, [leaf, *weights], create_graph=True)
+        third = torch.autograd.grad(sum(t.square().sum() for t in first), [leaf, *weights])
+        return (total, *first, *third)
+
+    def operator(x: Tensor, h: Tensor) -> Tensor:
+        c = h if cell == "lstm" else None
+        y: Tensor = torch.ops.pyrnnfast.layer(cell, x, None, h, c, weights * 2, 2, True, False)[0]
+        return y
+
+    def eager(x: Tensor, h: Tensor) -> Tensor:
+        form = functional.lstm if cell == "lstm" else functional.gru if cell == "gru" else functional.rnn
+        options = {"nonlinearity": cell[4:]} if cell.startswith("rnn") else {}
+        y = form(x, (h, h) if cell == "lstm" else h, weights * 2, bidirectional=True, **options)[0]
+        assert isinstance(y, Tensor)
+        return y
+
+    torch.testing.assert_close(penalty(operator), penalty(eager), rtol=1e-9, atol=1e-10)
+    compiled = torch.compile(eager, backend="eager", fullgraph=True)
+    torch.testing.assert_close(penalty(compiled), penalty(eager), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty_batches_in_a_graph(cell: str) -> None:
+    module = Case(cell, bidirectional=True).module(pyrnnfast)
+    compiled = torch.compile(module, backend="aot_eager", dynamic=True)
+    x = torch.randn(5, 0, 3, requires_grad=True)
+    found, expected = compiled(x), module(x)
+    torch.testing.assert_close(found, expected)
+    weights = list(module.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(found[0].sum(), [x, *weights]), torch.autograd.grad(expected[0].sum(), [x, *weights])
+    )
+    with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
+        compiled(torch.randn(0, 2, 3))
+
+
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_sequences_that_are_all_empty_in_a_graph(cell: str, initial: bool) -> None:
+    """Even their first row, which is NaN, is not looked at."""
+    case = Case(cell, steps=5, batch=3, layers=2, bidirectional=True, initial=initial)
+    module = case.module(pyrnnfast)
+
+    def call(x: Tensor, hx: Any, lengths: Tensor) -> Any:
+        return module(x, hx, lengths=lengths)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for lengths in ((2, 0, 5), (0, 0, 0), (1, 1, 0)):
+        x, states = case.operands()
+        with torch.no_grad():
+            x[torch.arange(5)[:, None] >= torch.tensor(lengths)] = torch.nan
+        given = case.hx(states), torch.tensor(lengths)
+        found, expected = (
+            case.run(lambda x, _, fn=fn, given=given: fn(x, *given), x, states) for fn in (compiled, call)
+        )  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected)
+        wanted = [x, *module.parameters()]
+        ours, eager = (
+            torch.autograd.grad(sum(t.sum() for t in out.values()), wanted, allow_unused=True)
+            for out in (found, expected)
+        )
+        for our, their in zip(ours, eager, strict=True):
+            torch.testing.assert_close(our, torch.zeros_like(our) if their is None else their)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS.keys())
+def test_export_with_lengths_and_resets(extras: dict[str, Tensor], strict: bool) -> None:
+    module, x = pyrnnfast.GRU(3, 4, bidirectional=True), torch.randn(5, 3, 3)
+    program = torch.export.export(module, (x,), extras, strict=strict)
+    torch.testing.assert_close(program.module()(x, **extras), module(x, **extras))
+
+
 def test_a_layer_without_what_backward_needs_says_so() -> None:
     *operands, _, cell_states = layer_operands("gru", False, 1, grad=True)
     y = torch.ops.pyrnnfast.layer(*operands, False, cell_states)[0]

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -147,3 +147,13 @@ def test_the_language_model_learns() -> None:
     assert len(held_out) == 3, result.stdout
     assert held_out[0] > 6
     assert held_out[-1] < held_out[0] - 2
+
+
+def test_named_tuples_stay_what_they_are() -> None:
+    class State(NamedTuple):
+        h: Tensor
+        c: Tensor
+
+    found = carry(State(torch.ones(1, 2, 3), torch.ones(1, 2, 3)), torch.tensor([True, False]))
+    assert type(found) is State
+    assert found.c[:, 0].eq(0).all()

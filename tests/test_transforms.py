@@ -222,3 +222,62 @@ def test_gradient_of_the_weights_with_packed_input(cell: str) -> None:
     expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
     found = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
     assert_close(list(found.values()), list(expected))
+
+
+# Ordinary autograd around transforms, and the other way round --------------------------------------------------------
+
+
+@every_case
+def test_a_step_of_gradient_descent_is_differentiable(case: Case) -> None:
+    """As in meta-learning: torch.func.grad inside, autograd outside."""
+    ours, theirs, parameters, x, states = problem(case)
+    leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+    results = []
+    for fn in (ours, theirs):
+        g = torch.func.grad(fn)(leaves, x, states)
+        after = fn({name: p - 0.1 * g[name] for name, p in leaves.items()}, x, states)
+        results.append((after, torch.autograd.grad(after, list(leaves.values()))))
+    assert_close(*results)
+
+
+@every_case
+def test_gradients_of_each_sample_are_differentiable(case: Case) -> None:
+    ours, theirs, parameters, x, states = problem(case)
+    leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+    xs = several(x, 1)
+    found = torch.func.vmap(torch.func.grad(ours), (None, 0, None))(leaves, xs, states)
+    each = [torch.func.grad(theirs)(leaves, one, states) for one in xs]
+    expected = {name: torch.stack([g[name] for g in each]) for name in leaves}
+    results = [
+        torch.autograd.grad(sum(g.square().sum() for g in grads.values()), list(leaves.values()))
+        for grads in (found, expected)
+    ]
+    assert_close(*results)
+
+
+@every_case
+def test_vjp_functions_outlive_their_transform(case: Case) -> None:
+    ours, theirs, parameters, x, states = problem(case)
+    results = []
+    for fn in (ours, theirs):
+        value, back = torch.func.vjp(lambda x, fn=fn: fn(parameters, x, states), x)
+        one = torch.ones_like(value)
+        tangents = torch.func.jvp(lambda g, back=back: back(g)[0], (one,), (2 * one,))
+        results.append((value, back(one), torch.func.vmap(back)(torch.stack([one, 3 * one])), tangents))
+    assert_close(*results)
+
+
+@every_case
+def test_forward_mode_around_backward(case: Case) -> None:
+    """A dual gradient sent back through a graph that knows of no forward mode."""
+    ours, theirs, parameters, x, states = problem(case)
+    leaf = x.clone().requires_grad_()
+    results = []
+    for fn in (ours, theirs):
+        value = fn(parameters, leaf, states)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(torch.ones_like(value), 2 * torch.ones_like(value))
+            (found,) = torch.autograd.grad(value, leaf, dual)
+            results.append(tuple(torch.autograd.forward_ad.unpack_dual(found)))
+    assert results[0][1] is not None
+    assert_close(*results)
