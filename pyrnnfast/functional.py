@@ -55,6 +55,8 @@ def call(
     """
     if not spec.single_step and layers.is_jagged(input):
         return layers.run_jagged(spec, input, hx, extras, lambda x, first: call(spec, x, first, weights, otherwise))
+    if extras and layers.is_empty_batch(spec, input):
+        extras = NO_EXTRAS  # no sequence has a length
     autocast = torch.is_autocast_enabled("cpu")
     asked = obstacles.form(input)
     if asked == "transforms" and isinstance(input, PackedSequence):

@@ -119,6 +119,14 @@ def _run_segments(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Se
     return _as_torch_has_it(output, _final_states(found, run.states, hx, spec.directions), cells)
 
 
+def is_empty_batch(spec: Spec, input: Any) -> bool:
+    """Whether padded input has steps and no sequence, which torch computes."""
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dim() != 3:
+        return False
+    steps, batch = (input.shape[1], input.shape[0]) if spec.batch_first else input.shape[:2]
+    return batch == 0 and steps > 0
+
+
 def is_jagged(input: Any) -> bool:
     """Whether it is a nested tensor with the layout ``torch.jagged``."""
     return isinstance(input, Tensor) and input.layout is torch.jagged

@@ -599,3 +599,11 @@ def test_nested_output_is_padded_to_its_longest() -> None:
     items = [torch.randn(n, 3) for n in (5, 2, 3)]
     y, _ = pyrnnfast.GRU(3, 4)(torch.nested.nested_tensor(items, layout=torch.jagged))
     assert y.to_padded_tensor(0.0).shape == (3, 5, 4)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_empty_batch_has_no_lengths(batch_first: bool) -> None:
+    module = pyrnnfast.LSTM(3, 4, batch_first=batch_first)
+    x = torch.randn(0, 5, 3) if batch_first else torch.randn(5, 0, 3)
+    found = module(x, lengths=torch.zeros(0, dtype=torch.int64))
+    torch.testing.assert_close(found, module(x))
