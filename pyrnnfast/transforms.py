@@ -128,9 +128,10 @@ class _Backward(torch.autograd.Function):
             return _one_by_one(lambda *one: _Backward.apply(cell, needs, with_dgates, *one), size, dims, operands)
         weights = operands[10:]
         folded = [_fold(t, d, size) for t, d in zip(operands[:10], dims, strict=False)]
-        of_weights = (False,) * len(weights)
-        (*found, dgates), _ = _unfolded(_Backward.apply(cell, needs[:3] + of_weights, True, *folded, *weights), size)
-        if any(needs[3:]):
+        own_needs, each_sample = needs[:3] + (False,) * len(weights), any(needs[3:])
+        run = _Backward.apply(cell, own_needs, each_sample or with_dgates, *folded, *weights)
+        (*found, dgates), _ = _unfolded(run, size)
+        if each_sample:
             x, h0, _, y = (None if t is None else t.unflatten(1, (size, -1)) for t in folded[:4])
             assert x is not None
             assert y is not None

@@ -253,6 +253,9 @@ def test_gradients_of_each_sample_are_differentiable(case: Case) -> None:
         for grads in (found, expected)
     ]
     assert_close(*results)
+    found_x = torch.func.vmap(torch.func.grad(ours, argnums=1), (None, 0, None))(leaves, xs, states)
+    expected_x = torch.stack([torch.func.grad(theirs, argnums=1)(leaves, one, states) for one in xs])
+    assert_close(*(torch.autograd.grad(g.square().sum(), list(leaves.values())) for g in (found_x, expected_x)))
 
 
 @every_case
