@@ -17,7 +17,6 @@ import pyrnnfast
 from pyrnnfast import reference, seq2seq
 
 DOCS = Path(__file__).parents[1] / "docs"
-pytestmark = pytest.mark.skipif(not (DOCS / "api.py").exists(), reason="the documents are not part of the package")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -38,7 +37,6 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    pytest.importorskip("pdoc")
     folder = tmp_path_factory.mktemp("docs")
     result = run(DOCS / "api.py", folder)
     assert result.returncode == 0, result.stderr

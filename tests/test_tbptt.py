@@ -137,7 +137,6 @@ def test_errors(hx: Any, reset: Any, error: type[Exception], text: str) -> None:
 EXAMPLE = Path(__file__).parents[1] / "examples" / "language_model.py"
 
 
-@pytest.mark.skipif(not EXAMPLE.exists(), reason="the examples are not part of the package")
 def test_the_language_model_learns() -> None:
     """From about 6.5 bits per character, a guess among 90 kinds, by 2 bits at least, on text that it has not seen."""
     sizes = ["--passes", "2", "--characters", "40000", "--streams", "16", "--window", "20", "--hidden", "32"]
