@@ -1,4 +1,4 @@
-"""Layers, directions and layouts around one recurrent layer, and the choice between our kernels and torch's operators.
+"""Layers and cells as functions, and the choice between our kernels and torch's operators.
 
 ``rnn``, ``gru``, ``lstm`` and the cells take the arguments that torch.nn's modules hold, weights in the modules' order.
 What the kernels do not serve, bad input included, goes to torch, which computes it or raises with its own words:
@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _cpu, amp, layers, obstacles, segments, transforms
-from .layers import Extras
+from .layers import NO_EXTRAS, Extras
 from .obstacles import PLAIN, Spec
 
 __all__ = ["Options", "gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
-
-NO_EXTRAS = Extras()
 
 
 def infer(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:

@@ -31,6 +31,9 @@ class Extras(NamedTuple):
         return self.lengths is not None or self.reset is not None
 
 
+NO_EXTRAS = Extras()
+
+
 class _Found(NamedTuple):
     """Of a stack of layers: the last one's output and cell states, and the final states of all."""
 

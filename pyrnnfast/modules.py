@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .layers import Extras
+from .layers import NO_EXTRAS, Extras
 from .obstacles import Spec
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -105,9 +105,6 @@ def _extras(given: ExtraInputs) -> Extras:
     return Extras(**given)
 
 
-_NO_EXTRAS = Extras()
-
-
 class _Layers(_Ours, torch.nn.RNNBase):
     """The ``forward`` of RNN, GRU and LSTM."""
 
@@ -137,7 +134,7 @@ class _Layers(_Ours, torch.nn.RNNBase):
             TypeError, ValueError: ``lengths`` or ``reset`` are not as above, or not served with this input.
         """
         weights = self._weights()
-        extras = _extras(given) if given else _NO_EXTRAS
+        extras = _extras(given) if given else NO_EXTRAS
         if self._is_plain() and not extras and type(input) is Tensor and input.dim() == 3:
             found = functional.infer(self.mode.lower(), self.input_size, self.hidden_size, input, hx, weights)
             if found is not None:
