@@ -1,16 +1,17 @@
 # The verbs of this repository. Each sets up what it needs in .venv, once, and again when its sources change.
-#   make demo     trains a model that pronounces English words, on our kernels, and shows it learn   (→ runs/demo)
-#   make test     linters, type checker, tests
-#   make bench    our layers against torch.nn's
-#   make docs     the API reference, from the docstrings   (→ docs/build/index.html)
-#   make format   formats everything
+#   make demo         trains a model that pronounces English words, on our kernels, and shows it learn   (→ runs/demo)
+#   make test         linters, type checker, tests
+#   make cuda-check   compiles the CUDA kernels for all architectures, and tests what can be without a GPU
+#   make bench        our layers against torch.nn's
+#   make docs         the API reference, from the docstrings   (→ docs/build/index.html)
+#   make format       formats everything
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/cpu/*)
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: demo test bench docs format
+.PHONY: demo test cuda-check bench docs format
 
 demo: .venv/.seq2seq
 	$(BIN)/pyrnnfast demo --out runs/demo
@@ -21,6 +22,16 @@ test: .venv/.dev
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# What ptxas says of every kernel stays beside its object; a test reads it.
+cuda-check: .venv/.dev
+	$(BIN)/cmake -S . -B build/cuda-check -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -DPYRNNFAST_CUDA=on -DPYRNNFAST_EMULATION=ON \
+	  -DCMAKE_CUDA_COMPILER_LAUNCHER="$(CURDIR)/$(BIN)/python;$(CURDIR)/tests/cuda_host/keep_report.py" \
+	  -DCMAKE_CUDA_FLAGS=-Xptxas=-v
+	$(BIN)/cmake --build build/cuda-check --target _cuda _emulation
+	PYTHONPATH=build/cuda-check $(BIN)/python -m pytest tests/cuda_host
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks $(ARGS)

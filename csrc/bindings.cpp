@@ -10,6 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
 #include "infer.h"
+#include "operands.h"
 #include "run.h"
 #include "tensor.h"
 
@@ -18,51 +19,20 @@ using namespace pyrnnfast;
 
 namespace {
 
-// What both passes begin with, behind the cell's name.
-void read_common(const Arguments& arguments, LayerOperands& o) {
-  o.x = read_tensor(arguments[1], "x");
-  o.h0 = read_tensor(arguments[2], "h0");
-  o.c0 = read_tensor(arguments[3], "c0");
-  o.weights = read_tensors(arguments[4], "weights");
-  o.y = read_tensor(arguments[5], "y");
-}
-
 void forward(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"cell", "x",   "h0",   "c0",          "weights", "y",
-                                                 "h_n",  "c_n", "kept", "batch_sizes", "threads"};
+  static const std::vector<const char*> names = forward_names({"threads"});
   const Arguments arguments("forward", names, args, kwargs);
-  const auto tensor = [&](size_t i) { return read_tensor(arguments[i], names[i]); };
-  ForwardOperands o;
-  read_common(arguments, o);
-  o.h_n = tensor(6);
-  o.c_n = tensor(7);
-  o.kept = read_tensors(arguments[8], names[8]);
-  o.batch_sizes = tensor(9);
-  const int threads = check_threads(arguments.integer(10));
-  run_without_gil(check_forward(arguments.text(0), o), threads);
+  const ForwardOperands o = read_forward(arguments);
+  const int threads = check_threads(arguments.integer(kForwardOperands));
+  run_without_gil(check_forward(arguments.text(0), o, kCpuRules), threads);
 }
 
 void backward(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"cell", "x",      "h0",       "c0",       "weights",     "y",
-                                                 "kept", "grad_y", "grad_h_n", "grad_c_n", "grad_cells",  "dx",
-                                                 "dh0",  "dc0",    "dweights", "dgates",   "batch_sizes", "threads"};
+  static const std::vector<const char*> names = backward_names({"threads"});
   const Arguments arguments("backward", names, args, kwargs);
-  const auto tensor = [&](size_t i) { return read_tensor(arguments[i], names[i]); };
-  BackwardOperands o;
-  read_common(arguments, o);
-  o.kept = read_tensors(arguments[6], names[6]);
-  o.grad_y = tensor(7);
-  o.grad_h_n = tensor(8);
-  o.grad_c_n = tensor(9);
-  o.grad_cells = tensor(10);
-  o.dx = tensor(11);
-  o.dh0 = tensor(12);
-  o.dc0 = tensor(13);
-  o.dweights = read_tensors(arguments[14], names[14]);
-  o.dgates = tensor(15);
-  o.batch_sizes = tensor(16);
-  const int threads = check_threads(arguments.integer(17));
-  run_without_gil(check_backward(arguments.text(0), o), threads);
+  const BackwardOperands o = read_backward(arguments);
+  const int threads = check_threads(arguments.integer(kBackwardOperands));
+  run_without_gil(check_backward(arguments.text(0), o, kCpuRules), threads);
 }
 
 template <Product (*check)(const Operand&, const Operand&, const Operand&)>
@@ -142,7 +112,7 @@ void activation(const py::args& args, const py::kwargs& kwargs) {
   const Operand from = read_tensor(arguments[1], names[1]), to = read_tensor(arguments[2], names[2]);
   if (name != "sigmoid" && name != "tanh") throw py::value_error("activation must be 'sigmoid' or 'tanh'");
   for (const Operand* o : {&from, &to}) {
-    if (!o->present || !o->on_cpu || o->dimensions != 1 || o->stride[0] != 1 || o->type != from.type ||
+    if (!o->present || o->memory != Memory::cpu || o->dimensions != 1 || o->stride[0] != 1 || o->type != from.type ||
         o->shape[0] != from.shape[0] || o->data == nullptr ||
         (o->type != ElementType::float32 && o->type != ElementType::float64)) {
       throw py::value_error("x and out must be contiguous 1-D float32 or float64 CPU tensors of one size");

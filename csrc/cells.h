@@ -1,11 +1,13 @@
-// The cells: one step forward and one step back, for every lane of a vector at once. Their equations stand here and in
-// pyrnnfast/reference.py, and nowhere else. Gate orders, names and conventions are torch's.
+// The cells: one step forward and one step back, for every lane of a vector or for one CUDA thread. Their equations
+// stand here and in pyrnnfast/reference.py, and nowhere else. Gate orders, names and conventions are torch's.
 //
 // A cell says how many gates its products have (`gates`), how many values per unit it saves for backward (`saved`), how
-// many gate gradients it gives (`dgates`) and which states it reads; the time loop (cpu/forward.h, cpu/backward.h) does
-// the rest. `Math` supplies the arithmetic: a value type with + - * and the functions splat, fma, sigmoid, tanh, relu.
+// many gate gradients it gives (`dgates`) and which states it reads; the time loop (cpu/forward.h, cpu/backward.h,
+// cuda/pass.h) does the rest. `Math` supplies the arithmetic: a value type with + - * and the functions splat, fma,
+// sigmoid, tanh, relu.
 #pragma once
 
+#include "host_device.h"
 #include "problem.h"
 
 namespace pyrnnfast {
@@ -46,7 +48,7 @@ struct Rnn {
   static constexpr bool backward_reads_h = true, backward_reads_h_prev = false;
 
   template <class Math>
-  static void forward(StepForward<typename Math::Value>& s) {
+  PYRNNFAST_HD static void forward(StepForward<typename Math::Value>& s) {
     const auto gate = s.x[0] + s.a[0];
     if constexpr (Relu) {
       s.h = Math::relu(gate);
@@ -56,7 +58,7 @@ struct Rnn {
   }
 
   template <class Math>
-  static void backward(StepBackward<typename Math::Value>& s) {
+  PYRNNFAST_HD static void backward(StepBackward<typename Math::Value>& s) {
     if constexpr (Relu) {
       s.dgates[0] = Math::zero_where_not_positive(s.dh, s.h);
     } else {
@@ -75,7 +77,7 @@ struct Gru {
   static constexpr bool backward_reads_h = false, backward_reads_h_prev = true;
 
   template <class Math>
-  static void forward(StepForward<typename Math::Value>& s) {
+  PYRNNFAST_HD static void forward(StepForward<typename Math::Value>& s) {
     const auto r = Math::sigmoid(s.x[0] + s.a[0]);
     const auto z = Math::sigmoid(s.x[1] + s.a[1]);
     const auto recurrent_n = s.a[2] + s.bias_hn;
@@ -88,7 +90,7 @@ struct Gru {
   }
 
   template <class Math>
-  static void backward(StepBackward<typename Math::Value>& s) {
+  PYRNNFAST_HD static void backward(StepBackward<typename Math::Value>& s) {
     const auto one = Math::splat(1);
     const auto r = s.saved[0], z = s.saved[1], n = s.saved[2], recurrent_n = s.saved[3];
     const auto dh = s.dh + s.carry;
@@ -111,7 +113,7 @@ struct Lstm {
   static constexpr bool backward_reads_h = false, backward_reads_h_prev = false;
 
   template <class Math>
-  static void forward(StepForward<typename Math::Value>& s) {
+  PYRNNFAST_HD static void forward(StepForward<typename Math::Value>& s) {
     const auto i = Math::sigmoid(s.x[0] + s.a[0]);
     const auto f = Math::sigmoid(s.x[1] + s.a[1]);
     const auto g = Math::tanh(s.x[2] + s.a[2]);
@@ -125,7 +127,7 @@ struct Lstm {
   }
 
   template <class Math>
-  static void backward(StepBackward<typename Math::Value>& s) {
+  PYRNNFAST_HD static void backward(StepBackward<typename Math::Value>& s) {
     const auto one = Math::splat(1);
     const auto i = s.saved[0], f = s.saved[1], g = s.saved[2], o = s.saved[3];
     const auto tanh_c = Math::tanh(s.c);

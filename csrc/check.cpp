@@ -13,14 +13,6 @@ template <class... Parts>
   throw std::invalid_argument((std::string() + ... + parts));
 }
 
-CellKind parse_cell(const std::string& name) {
-  if (name == "rnn_tanh") return CellKind::rnn_tanh;
-  if (name == "rnn_relu") return CellKind::rnn_relu;
-  if (name == "gru") return CellKind::gru;
-  if (name == "lstm") return CellKind::lstm;
-  fail("cell must be 'rnn_tanh', 'rnn_relu', 'gru' or 'lstm', got '" + name + "'");
-}
-
 // Columns of each operand in units of H; 0 or false: the cell has no such operand.
 struct Widths {
   int64_t gates, saved, dgates;
@@ -52,8 +44,8 @@ std::string shape_text(const Operand& o) {
   return "[" + text + "]";
 }
 
-void require_on_cpu(const Operand& o, const char* name) {
-  if (!o.on_cpu) fail(name, " must be on the CPU");
+void require_in(const Operand& o, const char* name, Memory memory) {
+  if (o.memory != memory) fail(name, memory == Memory::cpu ? " must be on the CPU" : " must be on a CUDA device");
 }
 
 void require_present(const Operand& o, const char* name) {
@@ -62,7 +54,7 @@ void require_present(const Operand& o, const char* name) {
 
 enum class Need { always, optional, never };
 
-Dtype dtype_of(const Operand& o, const char* name) {
+Dtype dtype_of(const Operand& o, const char* name, const Rules& rules) {
   switch (o.type) {
     case ElementType::float32:
       return Dtype::float32;
@@ -70,15 +62,19 @@ Dtype dtype_of(const Operand& o, const char* name) {
       return Dtype::float64;
     case ElementType::bfloat16:
       return Dtype::bfloat16;
+    case ElementType::float16:
+      if (rules.float16) return Dtype::float16;
+      [[fallthrough]];
     default:
-      fail(name, " must be a float32, float64 or bfloat16 tensor");
+      fail(name, " must be a float32, float64", rules.float16 ? ", bfloat16 or float16" : " or bfloat16", " tensor");
   }
 }
 
-// Of all operands of one call that have the same type.
+// Of all operands of one call that have the same type, on the device of the first of them.
 class Door {
  public:
-  explicit Door(ElementType type) : type_(type) {}
+  Door(ElementType type, const Operand& first, const Rules& rules)
+      : type_(type), device_(first.device), memory_(rules.memory) {}
 
   // `rows` rows of `columns` elements, over one or more dimensions; a single row may have no dimension of its own.
   Matrix matrix(const Operand& o, const char* name, int64_t rows, int64_t columns, Need need) const {
@@ -143,7 +139,8 @@ class Door {
       return false;
     }
     if (need == Need::never) fail(name, " does not apply to this cell or call");
-    require_on_cpu(o, name);
+    require_in(o, name, memory_);
+    if (o.device != device_) fail(name, " must be on the device of the other tensors");
     if (o.type != type_) fail(name, " must have the dtype of the other tensors");
     return true;
   }
@@ -167,6 +164,8 @@ class Door {
   int64_t element_bytes() const { return type_ == ElementType::float64 ? 8 : type_ == ElementType::float32 ? 4 : 2; }
 
   ElementType type_;
+  int device_;
+  Memory memory_;
 };
 
 Need when(bool applies, Need need = Need::always) { return applies ? need : Need::never; }
@@ -186,7 +185,10 @@ int64_t checked_product(int64_t a, int64_t b) {
 }
 
 // The cell state stays in float32 where the rest is narrower.
-Door door_of_cells(const Operand& x) { return Door(x.type == ElementType::bfloat16 ? ElementType::float32 : x.type); }
+Door door_of_cells(const Operand& x, const Rules& rules) {
+  const bool narrow = x.type == ElementType::bfloat16 || x.type == ElementType::float16;
+  return Door(narrow ? ElementType::float32 : x.type, x, rules);
+}
 
 void require_rows(const Operand& o, const char* name) {
   require_present(o, name);
@@ -201,13 +203,14 @@ void require_size(int64_t size, const char* name) {
 
 // What the passes have in common. Calls fill(problem, d, door) for the rest of each direction.
 template <class P, class Fill>
-Checked<P> check_layer(const std::string& cell, const LayerOperands& o, bool backward, const Fill& fill) {
-  const CellKind kind = parse_cell(cell);
+Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Rules& rules, bool backward,
+                       const Fill& fill) {
+  const CellKind kind = check_cell(cell);
   const Widths& w = widths_of(kind);
   require_rows(o.x, "x");
   require_rows(o.y, "y");
-  const Dtype dtype = dtype_of(o.x, "x");
-  const Door door(o.x.type), cells_door = door_of_cells(o.x);
+  const Dtype dtype = dtype_of(o.x, "x", rules);
+  const Door door(o.x.type, o.x, rules), cells_door = door_of_cells(o.x, rules);
   const auto D = static_cast<int64_t>(o.weights.size()) / 4;
   if (!(D * 4 == static_cast<int64_t>(o.weights.size()) && (D == 1 || D == 2)))
     fail("weights must be four for each of one or two directions, got " + std::to_string(o.weights.size()));
@@ -257,9 +260,17 @@ Checked<P> check_layer(const std::string& cell, const LayerOperands& o, bool bac
 
 }  // namespace
 
+CellKind check_cell(const std::string& name) {
+  if (name == "rnn_tanh") return CellKind::rnn_tanh;
+  if (name == "rnn_relu") return CellKind::rnn_relu;
+  if (name == "gru") return CellKind::gru;
+  if (name == "lstm") return CellKind::lstm;
+  fail("cell must be 'rnn_tanh', 'rnn_relu', 'gru' or 'lstm', got '" + name + "'");
+}
+
 std::vector<int64_t> check_batch_sizes(const Operand& o, int64_t rows) {
   require_present(o, "batch_sizes");
-  require_on_cpu(o, "batch_sizes");
+  require_in(o, "batch_sizes", Memory::cpu);
   if (o.type != ElementType::int64) fail("batch_sizes must be an int64 tensor");
   if (o.dimensions != 1) fail("batch_sizes must have one dimension, got " + shape_text(o));
   if (o.shape[0] <= 0) fail("Expected sequence length to be larger than 0 in RNN");
@@ -296,25 +307,25 @@ int check_threads(int64_t threads) {
   return static_cast<int>(threads);
 }
 
-Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& o) {
-  return check_layer<Forward>(cell, o, false, [&](Forward& p, int64_t d, const Door& door) {
+Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& o, const Rules& rules) {
+  return check_layer<Forward>(cell, o, rules, false, [&](Forward& p, int64_t d, const Door& door) {
     const auto D = static_cast<int64_t>(o.weights.size()) / 4;
     p.h_n = door.of_direction(o.h_n, "h_n", d, D, p.batch, p.hidden, Need::always);
     p.c_n = door.of_direction(o.c_n, "c_n", d, D, p.batch, p.hidden, when(widths_of(p.cell).cell));
   });
 }
 
-Checked<Backward> check_backward(const std::string& cell, const BackwardOperands& o) {
+Checked<Backward> check_backward(const std::string& cell, const BackwardOperands& o, const Rules& rules) {
   const size_t weights = o.weights.size();
   if (o.dweights.size() != weights) fail("dweights must be as many as weights");
-  return check_layer<Backward>(cell, o, true, [&](Backward& p, int64_t d, const Door& door) {
+  return check_layer<Backward>(cell, o, rules, true, [&](Backward& p, int64_t d, const Door& door) {
     const auto D = static_cast<int64_t>(weights) / 4;
     const int64_t N = p.offsets[p.steps], B = p.batch, I = p.inputs, H = p.hidden;
     const Widths& w = widths_of(p.cell);
     p.grad_y = door.columns_from(door.matrix(o.grad_y, "grad_y", N, D * H, Need::optional), d * H);
     p.grad_h_n = door.of_direction(o.grad_h_n, "grad_h_n", d, D, B, H, Need::optional);
     p.grad_c_n = door.of_direction(o.grad_c_n, "grad_c_n", d, D, B, H, when(w.cell, Need::optional));
-    const Door cells_door = door_of_cells(o.x);
+    const Door cells_door = door_of_cells(o.x, rules);
     const Need of_cells = when(w.cell, Need::optional);
     p.grad_cells = cells_door.columns_from(cells_door.matrix(o.grad_cells, "grad_cells", N, D * H, of_cells), d * H);
     p.dx = door.matrix(o.dx, "dx", N, I, Need::optional);
@@ -339,7 +350,7 @@ Product check_outer_products(const Operand& a, const Operand& b, const Operand& 
     if (operands[i]->dimensions != 3) fail(names[i], ": expected three dimensions, got " + shape_text(*operands[i]));
   }
   Product p;
-  p.dtype = dtype_of(a, "a");
+  p.dtype = dtype_of(a, "a", kCpuRules);
   if (p.dtype == Dtype::bfloat16) fail("a must be a float32 or float64 tensor");
   p.transposed = true;
   p.samples = a.shape[0];
@@ -350,7 +361,7 @@ Product check_outer_products(const Operand& a, const Operand& b, const Operand& 
   require_size(p.depth, "number of rows of a");
   require_size(p.rows, "number of columns of a");
   require_size(p.columns, "number of columns of b");
-  const Door door(a.type);
+  const Door door(a.type, a, kCpuRules);
   p.a = door.of_sample(a, "a", p.samples, p.depth, p.rows);
   p.b = door.of_sample(b, "b", p.samples, p.depth, p.columns);
   p.out = door.of_sample(out, "out", p.samples, p.rows, p.columns);
@@ -365,14 +376,14 @@ Product check_product(const Operand& a, const Operand& b, const Operand& out) {
   require_rows(a, "a");
   require_rows(b, "b");
   Product p;
-  p.dtype = dtype_of(a, "a");
+  p.dtype = dtype_of(a, "a", kCpuRules);
   if (p.dtype == Dtype::bfloat16) fail("a must be a float32 or float64 tensor");
   p.rows = a.shape[0];
   p.depth = a.shape[1];
   p.columns = b.shape[1];
   require_size(p.depth, "number of columns of a");
   require_size(p.columns, "number of columns of b");
-  const Door door(a.type);
+  const Door door(a.type, a, kCpuRules);
   p.a = door.matrix(a, "a", p.rows, p.depth, Need::always);
   p.b = door.matrix(b, "b", p.depth, p.columns, Need::always);
   p.out = door.matrix(out, "out", p.rows, p.columns, Need::always);

@@ -9,7 +9,16 @@
 
 namespace pyrnnfast {
 
-enum class ElementType { float32, float64, bfloat16, int64, other };
+enum class ElementType { float32, float64, bfloat16, float16, int64, other };
+
+enum class Memory { cpu, cuda, other };
+
+// Which operands the kernels behind this door take.
+struct Rules {
+  Memory memory;
+  bool float16;
+};
+inline constexpr Rules kCpuRules{Memory::cpu, false}, kCudaRules{Memory::cuda, true};
 
 // A tensor as it was handed over; `data` may be anything until it has been checked.
 struct Operand {
@@ -18,7 +27,8 @@ struct Operand {
   int dimensions = 0;
   int64_t shape[3] = {0, 0, 0}, stride[3] = {0, 0, 0};  // of the first three dimensions
   ElementType type = ElementType::other;
-  bool on_cpu = false;
+  Memory memory = Memory::other;
+  int device = 0;  // its number among those with such memory
 };
 
 // The operands of a layer in D = 1 or 2 directions, the second of which runs backward in time. Named as in Forward and
@@ -50,8 +60,9 @@ struct Checked {
 };
 
 // All throw std::invalid_argument.
-Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& operands);
-Checked<Backward> check_backward(const std::string& cell, const BackwardOperands& operands);
+Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& operands, const Rules& rules);
+Checked<Backward> check_backward(const std::string& cell, const BackwardOperands& operands, const Rules& rules);
+CellKind check_cell(const std::string& name);
 // The first row of each step and, last, the number of rows, which must be `rows`.
 std::vector<int64_t> check_batch_sizes(const Operand& batch_sizes, int64_t rows);
 int check_threads(int64_t threads);

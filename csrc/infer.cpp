@@ -58,7 +58,7 @@ py::object infer_plain(const py::tuple& types, const std::string& cell, int64_t 
   o.h_n = read_tensor(h_n, "h_n");
   o.c_n = read_tensor(c_n, "c_n");
   try {
-    run_without_gil(check_forward(cell, o), threads);
+    run_without_gil(check_forward(cell, o, kCpuRules), threads);
   } catch (const std::invalid_argument&) {
     return py::none();
   }

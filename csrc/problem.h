@@ -11,10 +11,10 @@
 namespace pyrnnfast {
 
 enum class CellKind { rnn_tanh, rnn_relu, gru, lstm };
-// Of the operands in memory. What is computed with, and the running cell state, is float32 where they are bfloat16.
-enum class Dtype { float32, float64, bfloat16 };
+// Of the operands in memory. What is computed with, and the running cell state, is float32 where they are narrower.
+enum class Dtype { float32, float64, bfloat16, float16 };
 inline constexpr int kCellKinds = 4;
-inline constexpr int kDtypes = 3;
+inline constexpr int kCpuDtypes = 3;  // float16 is for CUDA alone
 
 // Rows of contiguous elements, `stride` elements apart. A null address says that the operand is absent.
 struct Matrix {
@@ -39,7 +39,7 @@ struct Problem {
   // Written by the forward pass and read by the backward pass; `saved` and `cells` are absent when there will be none.
   Matrix y;      // [N, H]: h_t
   Matrix saved;  // [N, S·H]: what backward needs of the gates
-  Matrix cells;  // [N, H] (LSTM): c_t, float32 where the operands are bfloat16
+  Matrix cells;  // [N, H] (LSTM): c_t, float32 where the operands are narrower
 };
 
 // The forward pass. Every output is written whole.

@@ -35,10 +35,10 @@ struct ExchangeTable {
   void* managed_from_object;
   void* managed_to_object;
   int (*borrow)(void* object, Tensor* out);
-  void* current_stream;
+  int (*current_stream)(int32_t device_type, int32_t device, void** out);
 };
 constexpr uint32_t kMajor = 1;
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2;
 constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 }  // namespace dlpack
 
@@ -47,6 +47,7 @@ ElementType element_type(const dlpack::DataType& type) {
   if (type.code == dlpack::kFloat && type.bits == 32) return ElementType::float32;
   if (type.code == dlpack::kFloat && type.bits == 64) return ElementType::float64;
   if (type.code == dlpack::kBfloat && type.bits == 16) return ElementType::bfloat16;
+  if (type.code == dlpack::kFloat && type.bits == 16) return ElementType::float16;
   if (type.code == dlpack::kInt && type.bits == 64) return ElementType::int64;
   return ElementType::other;
 }
@@ -100,7 +101,10 @@ Operand read_tensor(py::handle object, const char* name) {
     operand.stride[i] = tensor.strides[i];
   }
   operand.type = element_type(tensor.type);
-  operand.on_cpu = tensor.device.type == dlpack::kCpu;
+  operand.memory = tensor.device.type == dlpack::kCpu    ? Memory::cpu
+                   : tensor.device.type == dlpack::kCuda ? Memory::cuda
+                                                         : Memory::other;
+  operand.device = tensor.device.id;
   return operand;
 }
 
@@ -129,7 +133,19 @@ bool read_plain_tensor(py::handle object, const py::tuple& types, Operand& opera
   } catch (const py::value_error&) {  // it has no memory
     return false;
   }
-  return operand.on_cpu && operand.type != ElementType::other && operand.type != ElementType::int64;
+  return operand.memory == Memory::cpu &&
+         (operand.type == ElementType::float32 || operand.type == ElementType::float64 ||
+          operand.type == ElementType::bfloat16);
+}
+
+void* current_stream(py::handle tensor, int device) {
+  const dlpack::ExchangeTable& table = exchange_table(tensor, "tensor");
+  void* stream = nullptr;
+  if (table.current_stream == nullptr || table.current_stream(dlpack::kCuda, device, &stream) != 0) {
+    PyErr_Clear();
+    throw py::value_error("torch does not tell its current stream");
+  }
+  return stream;
 }
 
 }  // namespace pyrnnfast

@@ -21,4 +21,7 @@ std::vector<Operand> read_tensors(pybind11::handle tuple, const char* name);
 // kernels. If so, `operand` is it.
 bool read_plain_tensor(pybind11::handle object, const pybind11::tuple& types, Operand& operand);
 
+// torch's current stream of a CUDA device; any tensor will do to find torch by.
+void* current_stream(pybind11::handle tensor, int device);
+
 }  // namespace pyrnnfast

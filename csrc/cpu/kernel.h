@@ -71,8 +71,8 @@ using ProductFn = void (*)(const Product&, void* panel, int rank, int size);
 
 struct InstructionSet {
   const char* name;
-  Kernel<Forward> forward[kCellKinds][kDtypes];
-  Kernel<Backward> backward[kCellKinds][kDtypes];
+  Kernel<Forward> forward[kCellKinds][kCpuDtypes];
+  Kernel<Backward> backward[kCellKinds][kCpuDtypes];
   // For benchmarks and tests, in float32 and float64.
   ActivationFn activation[2][2];
   ProductFn product[2];

@@ -1,0 +1,208 @@
+// The module pyrnnfast._cuda, and _emulation, the same on the host: takes tensors as objects, passes them through the
+// one door (check.cpp), plans, lets go of the GIL and runs. The signatures stand in pyrnnfast/_cuda.pyi.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
+#include "../arguments.h"
+#include "../operands.h"
+#include "../tensor.h"
+#include "backend.h"
+
+namespace py = pybind11;
+using namespace pyrnnfast;
+
+namespace {
+
+const std::vector<const char*> kNone;
+
+std::atomic<int64_t>& chunk_bytes() {
+  static std::atomic<int64_t> bytes{kChunkBytes};
+  return bytes;
+}
+
+// Of a device, that a plan may count on; for tests.
+std::atomic<int>& multiprocessors() {
+  static std::atomic<int> count{std::numeric_limits<int>::max()};
+  return count;
+}
+
+bool truth(const Arguments& arguments, size_t index, const char* name) {
+  const py::handle value = arguments[index];
+  if (!PyBool_Check(value.ptr())) throw py::type_error(std::string(name) + " must be a bool");
+  return value.ptr() == Py_True;
+}
+
+template <class P>
+constexpr bool is_backward = false;
+template <>
+constexpr bool is_backward<Backward> = true;
+
+template <class P>
+Shape shape_of(const Checked<P>& call, bool tf32) {
+  const P& p = call.directions[0];
+  Shape shape;
+  shape.cell = p.cell;
+  shape.dtype = p.dtype;
+  shape.backward = is_backward<P>;
+  shape.tf32 = tf32;
+  shape.steps = p.steps;
+  shape.batch = p.batch;
+  shape.inputs = p.inputs;
+  shape.hidden = p.hidden;
+  shape.directions = static_cast<int64_t>(call.directions.size());
+  return shape;
+}
+
+Plan plan_for(const std::string& form, int device, const Shape& shape) {
+  if (form == "step") return step_plan(shape, chunk_bytes(), "asked for");
+  if (form != "persistent") throw py::value_error("form must be 'step' or 'persistent', got '" + form + "'");
+  DeviceProperties properties = devices().at(static_cast<size_t>(device));
+  properties.multiprocessors = std::min<int>(properties.multiprocessors, multiprocessors());
+  Plan plan = make_plan(properties, shape, chunk_bytes());
+  if (!plan.persistent) throw py::value_error("there is no persistent form of this: " + plan.reason);
+  return plan;
+}
+
+template <class P>
+void plan_and_run(const Checked<P>& call, py::handle x, const Operand& data, const std::string& form, bool tf32) {
+  Context context;
+  context.device = data.device;
+  context.tf32 = tf32;
+  const Plan plan = plan_for(form, data.device, shape_of(call, tf32));
+  // torch allocates, so that its allocator and CUDA graphs know of it.
+  const int64_t element = call.directions[0].dtype == Dtype::float64   ? 8
+                          : call.directions[0].dtype == Dtype::float32 ? 4
+                                                                       : 2;
+  const int64_t count = scratch_bytes(call, plan, tf32) / element + 1;
+  const py::object scratch = x.attr("new_empty")(count);
+  context.scratch = read_tensor(scratch, "scratch").data;
+  if (kBackendRules.memory == Memory::cuda) {
+    context.stream = current_stream(x, data.device);
+    const py::object handle = py::module_::import("torch.cuda").attr("current_blas_handle")();
+    context.blas = reinterpret_cast<void*>(handle.cast<uintptr_t>());
+  }
+  const py::gil_scoped_release release;
+  run(call, plan, context);
+}
+
+void forward(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = forward_names({"form", "tf32"});
+  const Arguments arguments("forward", names, args, kwargs);
+  const ForwardOperands o = read_forward(arguments);
+  plan_and_run(check_forward(arguments.text(0), o, kBackendRules), arguments[1], o.x, arguments.text(kForwardOperands),
+               truth(arguments, kForwardOperands + 1, "tf32"));
+}
+
+void backward(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = backward_names({"form", "tf32"});
+  const Arguments arguments("backward", names, args, kwargs);
+  const BackwardOperands o = read_backward(arguments);
+  plan_and_run(check_backward(arguments.text(0), o, kBackendRules), arguments[1], o.x,
+               arguments.text(kBackwardOperands), truth(arguments, kBackwardOperands + 1, "tf32"));
+}
+
+py::dict as_dict(const DeviceProperties& d) {
+  py::dict found;
+  found["name"] = d.name;
+  found["major"] = d.major;
+  found["minor"] = d.minor;
+  found["multiprocessors"] = d.multiprocessors;
+  found["shared_bytes"] = d.shared_bytes;
+  found["cooperative"] = d.cooperative;
+  return found;
+}
+
+py::tuple devices_as_dicts(const py::args& args, const py::kwargs& kwargs) {
+  Arguments("devices", kNone, args, kwargs);
+  const std::vector<DeviceProperties> found = devices();
+  py::tuple result(found.size());
+  for (size_t i = 0; i < found.size(); ++i) result[i] = as_dict(found[i]);
+  return result;
+}
+
+Dtype dtype_named(const std::string& name) {
+  if (name == "float32") return Dtype::float32;
+  if (name == "float64") return Dtype::float64;
+  if (name == "bfloat16") return Dtype::bfloat16;
+  if (name == "float16") return Dtype::float16;
+  throw py::value_error("dtype must be 'float32', 'float64', 'bfloat16' or 'float16', got '" + name + "'");
+}
+
+py::dict plan_as_dict(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"device", "backward", "cell",   "dtype",      "steps",
+                                                 "batch",  "inputs",   "hidden", "directions", "tf32"};
+  const Arguments arguments("plan", names, args, kwargs);
+  if (!PyDict_Check(arguments[0].ptr())) throw py::type_error("device must be a dict, as from devices()");
+  const auto given = arguments[0].cast<py::dict>();
+  DeviceProperties device;
+  device.major = given["major"].cast<int>();
+  device.minor = given["minor"].cast<int>();
+  device.multiprocessors = given["multiprocessors"].cast<int>();
+  device.shared_bytes = given["shared_bytes"].cast<int64_t>();
+  device.cooperative = given["cooperative"].cast<bool>();
+  Shape shape;
+  shape.backward = truth(arguments, 1, "backward");
+  shape.cell = check_cell(arguments.text(2));
+  shape.dtype = dtype_named(arguments.text(3));
+  int64_t* const sizes[] = {&shape.steps, &shape.batch, &shape.inputs, &shape.hidden, &shape.directions};
+  for (size_t i = 0; i < 5; ++i) {
+    *sizes[i] = arguments.integer(4 + i);
+    // Products of sizes stay within 64 bits.
+    if (*sizes[i] < 1 || *sizes[i] >= int64_t{1} << 26) {
+      throw py::value_error(std::string(names[4 + i]) + " must be positive and below 2^26");
+    }
+  }
+  if (shape.directions > 2) throw py::value_error("directions must be 1 or 2");
+  shape.tf32 = truth(arguments, 9, "tf32");
+  const Plan plan = make_plan(device, shape, chunk_bytes());
+  py::dict found;
+  found["form"] = plan.persistent ? "persistent" : "step";
+  found["reason"] = plan.reason;
+  found["chunk_steps"] = plan.chunk_steps;
+  if (plan.persistent) {
+    found["row_tiles"] = plan.row_tiles;
+    found["row_groups"] = plan.row_groups;
+    found["unit_blocks"] = plan.unit_blocks;
+    found["depth"] = plan.depth;
+    found["together"] = plan.together;
+    found["blocks"] = plan.blocks;
+    found["shared_bytes"] = plan.shared_bytes;
+    found["spare_fragments"] = plan.spare_fragments;
+  }
+  return found;
+}
+
+void set_threshold_of(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"name", "value"};
+  const Arguments arguments("set_threshold", names, args, kwargs);
+  const std::string name = arguments.text(0);
+  const int64_t value = arguments.integer(1);
+  if (value < 0) throw py::value_error("a threshold must not be negative");
+  if (name == "chunk_bytes") {
+    chunk_bytes() = value;
+  } else if (name == "multiprocessors") {
+    multiprocessors() = static_cast<int>(std::min<int64_t>(value, std::numeric_limits<int>::max()));
+  } else if (name == "delays") {
+    set_delays(static_cast<unsigned>(value));
+  } else {
+    throw py::value_error("there is no threshold '" + name + "'");
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(PYRNNFAST_MODULE, m) {
+  m.doc() = "Recurrent layers on CUDA devices; csrc/check.h tells what each operand is.";
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("devices", &devices_as_dicts, "What each device is; RuntimeError with the driver's words where there is none.");
+  m.def("plan", &plan_as_dict, "How a recurrence would be run on a device; csrc/cuda/plan.h.");
+  m.def("architectures", [] { return kArchitectures; }, "What this was compiled for.");
+  m.def("toolkit", [] { return kToolkit; }, "The version of CUDA that this was compiled with.");
+  m.def("set_threshold", &set_threshold_of, "For tests; csrc/cuda/plan.h.");
+  m.attr("CHUNK_BYTES") = kChunkBytes;
+}

@@ -1,0 +1,74 @@
+// Which form of the recurrence serves a problem on a device; see plan.h.
+#include "plan.h"
+
+#include <algorithm>
+
+namespace pyrnnfast {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
+
+int element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// Forward, the products of the input; backward, at most four gate gradients and the states before.
+int64_t row_bytes(const Shape& s) {
+  const int wide = s.dtype == Dtype::float64 ? 8 : 4;
+  return s.backward ? (std::max<int64_t>(gates_of(s.cell), s.cell == CellKind::gru ? 4 : 1) + 1) * s.hidden *
+                          element_bytes(s.dtype)
+                    : gates_of(s.cell) * s.hidden * wide;
+}
+
+}  // namespace
+
+Plan step_plan(const Shape& s, int64_t chunk_bytes, std::string reason) {
+  Plan plan;
+  plan.reason = std::move(reason);
+  plan.directions = s.directions;
+  // cuBLAS counts rows in 32 bits.
+  const int64_t rows = std::min(chunk_bytes / row_bytes(s), int64_t{1} << 30);
+  plan.chunk_steps = std::clamp<int64_t>(rows / s.batch, 1, s.steps);
+  return plan;
+}
+
+Plan make_plan(const DeviceProperties& device, const Shape& s, int64_t chunk_bytes) {
+  const auto by_steps = [&](const char* reason) { return step_plan(s, chunk_bytes, reason); };
+  if (device.major < 8) return by_steps("the persistent form wants compute capability 8.0 or later");
+  if (!device.cooperative) return by_steps("the device has no cooperative launch");
+  if (s.dtype == Dtype::float64) return by_steps("the persistent form does not serve float64");
+  if (s.dtype == Dtype::float32 && !s.tf32) return by_steps("the persistent form serves float32 by way of TF32 alone");
+  if (s.steps < 2) return by_steps("a single step");
+
+  Plan plan = step_plan(s, chunk_bytes, "");
+  const int64_t gates = gates_of(s.cell);
+  const int64_t weight_tiles = s.backward ? 1 : gates;  // of kUnits rows
+  const int fragment = depth_of_fragment(element_bytes(s.dtype));
+  plan.unit_blocks = ceil_div(s.hidden, kUnits);
+  plan.depth = ceil_div(plan.unit_blocks * kUnits * (s.backward ? gates : 1), fragment) * fragment;
+  // Of the warp that has most.
+  const int64_t fragments = ceil_div(plan.depth / fragment, kWarps);
+  bool too_many = true;
+  // The fewer sequences to a block, the more of the device is at work.
+  for (const int tiles : {1, 2, 4}) {
+    const int64_t held = held_fragments(static_cast<int>(weight_tiles), tiles);
+    plan.row_tiles = tiles;
+    plan.row_groups = ceil_div(s.batch, tiles * kTileRows);
+    plan.spare_fragments = std::max<int64_t>(fragments - held, 0);
+    // Two loads of 16 bytes a lane; partial sums of every warp, padded against bank conflicts.
+    const int64_t weights = kWarps * plan.spare_fragments * weight_tiles * 2 * kLanes * 16;
+    const int64_t sums = kWarps * tiles * kTileRows * (weight_tiles * kUnits + 4) * 4;
+    plan.shared_bytes = weights + sums;
+    const int64_t blocks = plan.unit_blocks * plan.row_groups;
+    too_many = blocks > device.multiprocessors;
+    if (too_many || plan.shared_bytes > device.shared_bytes) continue;
+    plan.together = s.directions == 2 && 2 * blocks <= device.multiprocessors;
+    plan.blocks = plan.together ? 2 * blocks : blocks;
+    plan.persistent = true;
+    plan.reason = "the recurrent weights fit the chip";
+    return plan;
+  }
+  return by_steps(too_many ? "more blocks than multiprocessors" : "the recurrent weights do not fit the chip");
+}
+
+}  // namespace pyrnnfast

@@ -1,0 +1,68 @@
+// Which form of the recurrence serves a problem on a device, and how it is cut. Pure host code: knows neither CUDA nor
+// torch, so that it can be tested on a table of devices that are not there.
+//
+// The persistent form (persistent.h) runs many steps in one launch, its blocks on the chip all at once. A block owns
+// kUnits hidden units of kTileRows · row_tiles sequences; every warp has a share of the product's depth for all of
+// them.
+#pragma once
+
+#include <string>
+
+#include "../host_device.h"
+#include "../problem.h"
+
+namespace pyrnnfast {
+
+struct DeviceProperties {
+  std::string name;
+  int major = 0, minor = 0;  // the compute capability
+  int multiprocessors = 0;
+  int64_t shared_bytes = 0;  // of one block, at most
+  bool cooperative = false;  // a launch whose blocks are on the chip all at once
+};
+
+// What a plan depends on.
+struct Shape {
+  CellKind cell = CellKind::rnn_tanh;
+  Dtype dtype = Dtype::float32;
+  bool backward = false;
+  bool tf32 = false;  // float32 products may be rounded to TF32
+  int64_t steps = 0, batch = 0, inputs = 0, hidden = 0, directions = 1;
+};
+
+inline constexpr int kUnits = 16, kTileRows = 8, kWarps = 8, kLanes = 32;
+inline constexpr int kThreads = kWarps * kLanes;
+
+// Elements of the product's depth that one fragment of 16 bytes for each of 4 lanes has.
+PYRNNFAST_HD constexpr int depth_of_fragment(int element_bytes) { return 64 / element_bytes; }
+
+// Fragments of the weights that a warp holds in registers, for each tile of 16 rows of the weights; the others lie in
+// shared memory. A fragment of a tile is 8 registers a lane.
+PYRNNFAST_HD constexpr int held_fragments(int weight_tiles, int row_tiles) {
+  return (row_tiles == 1 ? 16 : row_tiles == 2 ? 12 : 8) / weight_tiles;
+}
+
+struct Plan {
+  bool persistent = false;
+  std::string reason;  // why that form
+  int64_t directions = 1;
+  int64_t chunk_steps = 1;      // of which the input's products, or the gate gradients, are kept at once
+  int row_tiles = 0;            // 1, 2 or 4
+  int64_t row_groups = 0;       // of kTileRows · row_tiles sequences
+  int64_t unit_blocks = 0;      // of kUnits
+  int64_t depth = 0;            // of the product, a multiple of that of a fragment
+  bool together = false;        // both directions in one launch, else one after the other
+  int64_t blocks = 0;           // of one launch
+  int64_t shared_bytes = 0;     // of one block
+  int64_t spare_fragments = 0;  // of each warp and tile of weights, in shared memory
+};
+
+// Bytes that a chunk may take, unless a single step takes more; for tests set_threshold("chunk_bytes", …) of the
+// module.
+inline constexpr int64_t kChunkBytes = int64_t{128} << 20;
+
+Plan step_plan(const Shape& shape, int64_t chunk_bytes, std::string reason);
+// Persistent where it fits, else by steps.
+Plan make_plan(const DeviceProperties& device, const Shape& shape, int64_t chunk_bytes);
+
+}  // namespace pyrnnfast
