@@ -62,8 +62,8 @@ void check_batch_sizes_of(const py::args& args, const py::kwargs& kwargs) {
   check_batch_sizes(read_tensor(arguments[0], names[0]), arguments.integer(1));
 }
 
-// Whether every tensor is one of the given types, not lazily negated, on the CPU, of one dtype that the kernels know
-// and of its shape: what Python would take longer to find out than a small kernel to run.
+// Whether every tensor is one of the given types, not lazily negated, on one device, of one dtype that the kernels know
+// there and of its shape: what Python would take longer to find out than a small kernel to run.
 bool agree(const py::args& args, const py::kwargs& kwargs) {
   static const std::vector<const char*> names = {"types", "tensors", "shapes"};
   const Arguments arguments("agree", names, args, kwargs);
@@ -73,13 +73,14 @@ bool agree(const py::args& args, const py::kwargs& kwargs) {
   const auto types = arguments[0].cast<py::tuple>(), tensors = arguments[1].cast<py::tuple>(),
              shapes = arguments[2].cast<py::tuple>();
   if (tensors.size() != shapes.size()) return false;
-  ElementType type = ElementType::other;
+  Operand first;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const py::handle shape = shapes[i];
     Operand o;
     if (!PyTuple_Check(shape.ptr()) || !read_plain_tensor(tensors[i], types, o)) return false;
-    if ((i > 0 && o.type != type) || o.dimensions != PyTuple_GET_SIZE(shape.ptr()) || o.dimensions > 3) return false;
-    type = o.type;
+    if (i == 0) first = o;
+    if (o.type != first.type || o.memory != first.memory || o.device != first.device) return false;
+    if (o.dimensions != PyTuple_GET_SIZE(shape.ptr()) || o.dimensions > 3) return false;
     for (int d = 0; d < o.dimensions; ++d) {
       if (o.shape[d] != PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), d))) {
         PyErr_Clear();

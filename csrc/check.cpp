@@ -201,6 +201,34 @@ void require_size(int64_t size, const char* name) {
     fail(name, " must be positive and below 2^26, got " + std::to_string(size));
 }
 
+// Lengths and resets: their values are the device's, which nobody waits for.
+void add_mask(Problem& p, const LayerOperands& o, const Rules& rules) {
+  const Operand* const operands[] = {&o.lengths, &o.reset};
+  const char* const names[] = {"lengths", "reset"};
+  for (int i = 0; i < 2; ++i) {
+    const Operand& given = *operands[i];
+    if (!given.present) continue;
+    if (!(rules.masks && !o.batch_sizes.present && o.x.dimensions == 3)) fail(names[i], " does not apply to this call");
+    require_in(given, names[i], rules.memory);
+    if (given.device != o.x.device) fail(names[i], " must be on the device of the other tensors");
+    if (given.data == nullptr) fail(names[i], " has no memory");
+  }
+  if (o.lengths.present) {
+    if (o.lengths.type != ElementType::int64) fail("lengths must be an int64 tensor");
+    if (!(o.lengths.dimensions == 1 && o.lengths.shape[0] == p.batch && (p.batch == 1 || o.lengths.stride[0] == 1)))
+      fail("lengths: expected contiguous [" + std::to_string(p.batch) + "], got " + shape_text(o.lengths));
+    p.lengths = static_cast<const int64_t*>(o.lengths.data);
+  }
+  if (o.reset.present) {
+    if (o.reset.type != ElementType::boolean) fail("reset must be a bool tensor");
+    if (!(o.reset.dimensions == 2 && o.reset.shape[0] == p.steps && o.reset.shape[1] == p.batch))
+      fail("reset: expected size " + size_text(p.steps, p.batch) + ", got " + shape_text(o.reset));
+    p.reset = static_cast<const uint8_t*>(o.reset.data);
+    p.next_reset_step = o.reset.stride[0];
+    p.next_reset_row = o.reset.stride[1];
+  }
+}
+
 // What the passes have in common. Calls fill(problem, d, door) for the rest of each direction.
 template <class P, class Fill>
 Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Rules& rules, bool backward,
@@ -252,6 +280,7 @@ Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Ru
       p.saved = door.matrix(o.kept[at], "saved", N, w.saved * H, when(w.saved > 0, need));
       p.cells = cells_door.matrix(o.kept[at + 1], "cells", N, H, when(w.cell, need));
     }
+    add_mask(p, o, rules);
     fill(p, d, door);
     call.directions.push_back(p);
   }

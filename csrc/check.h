@@ -9,7 +9,7 @@
 
 namespace pyrnnfast {
 
-enum class ElementType { float32, float64, bfloat16, float16, int64, other };
+enum class ElementType { float32, float64, bfloat16, float16, int64, boolean, other };
 
 enum class Memory { cpu, cuda, other };
 
@@ -17,8 +17,9 @@ enum class Memory { cpu, cuda, other };
 struct Rules {
   Memory memory;
   bool float16;
+  bool masks;  // lengths and resets
 };
-inline constexpr Rules kCpuRules{Memory::cpu, false}, kCudaRules{Memory::cuda, true};
+inline constexpr Rules kCpuRules{Memory::cpu, false, false}, kCudaRules{Memory::cuda, true, true};
 
 // A tensor as it was handed over; `data` may be anything until it has been checked.
 struct Operand {
@@ -40,6 +41,8 @@ struct LayerOperands {
   Operand y;                     // as x, with D·H columns
   std::vector<Operand> kept;     // saved, cells of each direction; empty: nothing is kept for backward
   Operand batch_sizes;           // [T], absent: dense
+  Operand lengths;               // [B], of padded data: how many steps of each sequence are real; beyond 0 … T as near
+  Operand reset;                 // [T, B], of padded data: whether a state is cleared before a step
 };
 struct ForwardOperands : LayerOperands {
   Operand h_n, c_n;  // as h0

@@ -28,7 +28,7 @@ py::object new_empty(py::handle x, Sizes... sizes) {
 py::object infer_plain(const py::tuple& types, const std::string& cell, int64_t inputs, int64_t hidden, py::handle x,
                        py::handle hx, const py::tuple& weights, int threads) {
   ForwardOperands o;
-  if (!read_plain_tensor(x, types, o.x)) return py::none();
+  if (!read_plain_tensor(x, types, o.x) || o.x.memory != Memory::cpu) return py::none();
   const bool step = o.x.dimensions == 2;
   const int64_t T = o.x.shape[0], B = step ? T : o.x.shape[1];
   if ((!step && o.x.dimensions != 3) || o.x.shape[o.x.dimensions - 1] != inputs || T < 1 || B < 1 || hidden < 1) {

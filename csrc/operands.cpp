@@ -28,6 +28,18 @@ void read_common(const Arguments& arguments, LayerOperands& o) {
   o.y = read_tensor(arguments[5], "y");
 }
 
+// Batch sizes, or (lengths, reset).
+void read_steps(pybind11::handle given, LayerOperands& o) {
+  if (!PyTuple_Check(given.ptr())) {
+    o.batch_sizes = read_tensor(given, "batch_sizes");
+    return;
+  }
+  const std::vector<Operand> mask = read_tensors(given, "batch_sizes");
+  if (mask.size() != 2) throw pybind11::value_error("batch_sizes: (lengths, reset) is expected of a tuple");
+  o.lengths = mask[0];
+  o.reset = mask[1];
+}
+
 }  // namespace
 
 std::vector<const char*> forward_names(std::initializer_list<const char*> others) { return with(kForward, others); }
@@ -41,7 +53,7 @@ ForwardOperands read_forward(const Arguments& arguments) {
   o.h_n = tensor(6);
   o.c_n = tensor(7);
   o.kept = read_tensors(arguments[8], kForward[8]);
-  o.batch_sizes = tensor(9);
+  read_steps(arguments[9], o);
   return o;
 }
 
@@ -59,7 +71,7 @@ BackwardOperands read_backward(const Arguments& arguments) {
   o.dc0 = tensor(13);
   o.dweights = read_tensors(arguments[14], kBackward[14]);
   o.dgates = tensor(15);
-  o.batch_sizes = tensor(16);
+  read_steps(arguments[16], o);
   return o;
 }
 

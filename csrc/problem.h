@@ -31,11 +31,15 @@ struct Problem {
   int64_t hidden = 0;                // H
   const int64_t* offsets = nullptr;  // [T + 1]
   bool reverse = false;              // from the last step to the first
-  Matrix x;                          // [N, I]
-  Matrix weight_ih;                  // [G·H, I]
-  Matrix weight_hh;                  // [G·H, H]
-  Matrix bias_ih, bias_hh;           // [1, G·H], absent: zeros
-  Matrix h0, c0;                     // [B, H], absent: zeros
+  // For CUDA alone, with a constant batch size, and in the device's memory: see Flow in cuda/elements.h.
+  const int64_t* lengths = nullptr;                 // [B]
+  const uint8_t* reset = nullptr;                   // [T, B]
+  int64_t next_reset_step = 0, next_reset_row = 0;  // elements from one to the next
+  Matrix x;                                         // [N, I]
+  Matrix weight_ih;                                 // [G·H, I]
+  Matrix weight_hh;                                 // [G·H, H]
+  Matrix bias_ih, bias_hh;                          // [1, G·H], absent: zeros
+  Matrix h0, c0;                                    // [B, H], absent: zeros
   // Written by the forward pass and read by the backward pass; `saved` and `cells` are absent when there will be none.
   Matrix y;      // [N, H]: h_t
   Matrix saved;  // [N, S·H]: what backward needs of the gates

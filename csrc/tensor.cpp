@@ -39,7 +39,7 @@ struct ExchangeTable {
 };
 constexpr uint32_t kMajor = 1;
 constexpr int32_t kCpu = 1, kCuda = 2;
-constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
 }  // namespace dlpack
 
 ElementType element_type(const dlpack::DataType& type) {
@@ -49,6 +49,7 @@ ElementType element_type(const dlpack::DataType& type) {
   if (type.code == dlpack::kBfloat && type.bits == 16) return ElementType::bfloat16;
   if (type.code == dlpack::kFloat && type.bits == 16) return ElementType::float16;
   if (type.code == dlpack::kInt && type.bits == 64) return ElementType::int64;
+  if (type.code == dlpack::kBool && type.bits == 8) return ElementType::boolean;
   return ElementType::other;
 }
 
@@ -133,9 +134,10 @@ bool read_plain_tensor(py::handle object, const py::tuple& types, Operand& opera
   } catch (const py::value_error&) {  // it has no memory
     return false;
   }
-  return operand.memory == Memory::cpu &&
+  const Rules& rules = operand.memory == Memory::cuda ? kCudaRules : kCpuRules;
+  return operand.memory == rules.memory &&
          (operand.type == ElementType::float32 || operand.type == ElementType::float64 ||
-          operand.type == ElementType::bfloat16);
+          operand.type == ElementType::bfloat16 || (operand.type == ElementType::float16 && rules.float16));
 }
 
 void* current_stream(py::handle tensor, int device) {

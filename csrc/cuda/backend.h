@@ -1,4 +1,4 @@
-// What stands behind the bindings of the CUDA path: the device (device.cu …), or, in the tests, the host
+// What stands behind the bindings of the CUDA path: the device (device.cpp), or, in the tests, the host
 // (emulation.cpp).
 #pragma once
 

@@ -82,7 +82,12 @@ void plan_and_run(const Checked<P>& call, py::handle x, const Operand& data, con
   context.scratch = read_tensor(scratch, "scratch").data;
   if (kBackendRules.memory == Memory::cuda) {
     context.stream = current_stream(x, data.device);
-    const py::object handle = py::module_::import("torch.cuda").attr("current_blas_handle")();
+    const py::module_ cuda = py::module_::import("torch.cuda");
+    // Whose handle it is.
+    if (cuda.attr("current_device")().cast<int>() != data.device) {
+      throw py::value_error("the device of the tensors must be the current one");
+    }
+    const py::object handle = cuda.attr("current_blas_handle")();
     context.blas = reinterpret_cast<void*>(handle.cast<uintptr_t>());
   }
   const py::gil_scoped_release release;

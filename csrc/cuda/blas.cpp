@@ -34,11 +34,12 @@ void find(void* library, const char* name, F& function) {
 }
 
 Functions load() {
-  void* library = nullptr;
-  // The one that is there already, whichever version it is.
+  // The one that torch is linked to, as others may be loaded beside it. Where torch's CUDA half has another name, the
+  // one that is there.
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (library != nullptr && dlsym(library, "cublasGemmEx") == nullptr) library = nullptr;
   for (const char* name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11"}) {
-    library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
-    if (library != nullptr) break;
+    if (library == nullptr) library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
   }
   if (library == nullptr) throw std::runtime_error("torch has loaded no cuBLAS");
   Functions f{};

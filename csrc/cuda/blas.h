@@ -1,5 +1,5 @@
-// Matrix products by the cuBLAS that torch has loaded, through torch's own handle: no second library, no second
-// workspace, and nothing to link against.
+// Matrix products by the cuBLAS that torch has loaded, through torch's own handle: no second library, and nothing to
+// link against.
 #pragma once
 
 #include <cstdint>

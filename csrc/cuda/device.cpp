@@ -36,11 +36,10 @@ const Served<Backward>& served(const Checked<Backward>& call) {
 }
 
 // A stream beside torch's, for the second direction; made once for each device, and never given back, as a stream is
-// no good any more when the driver unloads.
+// no good any more when the driver unloads. Each thread has its own: one that captures a graph would draw the others'
+// work into it.
 cudaStream_t second_stream(int device) {
-  static std::mutex mutex;
-  static std::vector<cudaStream_t> streams;
-  const std::lock_guard<std::mutex> lock(mutex);
+  static thread_local std::vector<cudaStream_t> streams;
   const auto index = static_cast<size_t>(device);
   if (streams.size() <= index) streams.resize(index + 1, nullptr);
   if (streams[index] == nullptr) {
@@ -81,15 +80,17 @@ void run_on_streams(const Checked<P>& call, const Plan& plan, Context context) {
   } catch (...) {
     failure = std::current_exception();
   }
-  event.order(side, main);
+  try {
+    event.order(side, main);
+  } catch (...) {
+    if (!failure) throw;
+  }
   if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace
 
 const Rules kBackendRules = kCudaRules;
-const char* const kArchitectures = PYRNNFAST_CUDA_ARCHITECTURES;
-const char* const kToolkit = PYRNNFAST_CUDA_TOOLKIT;
 
 void set_delays(unsigned) { throw std::invalid_argument("there is no threshold 'delays' on a device"); }
 

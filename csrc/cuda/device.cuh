@@ -15,7 +15,7 @@ namespace pyrnnfast {
 namespace {
 
 template <class Element>
-__global__ void __launch_bounds__(256) each_element(const Element element, int64_t rows, int64_t columns) {
+__global__ void __launch_bounds__(256, 1) each_element(const Element element, int64_t rows, int64_t columns) {
   const int64_t column = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (column >= columns) return;
   const int64_t stride = int64_t{gridDim.y} * blockDim.y;
@@ -83,10 +83,23 @@ struct DeviceBlock {
     if (threadIdx.x == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
   }
 
-  // From the second cache, where other blocks' writes are.
-  __device__ Words load(const void* from) {
-    const uint4 words = __ldcg(static_cast<const uint4*>(from));
-    return {{words.x, words.y, words.z, words.w}};
+  // From the second cache, where other blocks' writes are; zeros where there is nothing. Predicated, not branched
+  // around, so that several are under way at once.
+  __device__ Words load(const void* from, bool present) {
+    Words w;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.s32 p, %5, 0;\n"
+        "mov.u32 %0, 0;\n"
+        "mov.u32 %1, 0;\n"
+        "mov.u32 %2, 0;\n"
+        "mov.u32 %3, 0;\n"
+        "@p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "}"
+        : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
+        : "l"(from), "r"(static_cast<int>(present)));
+    return w;
   }
 
   // sum [16, 8] += weights [16, depth] · from [depth, 8], in two products of half the depth.
@@ -101,8 +114,7 @@ struct DeviceBlock {
  private:
   __device__ static void multiply_half(Bfloat16, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                        uint32_t b1, float (&s)[4]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
         "%2, "
         "%3};"
         : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
@@ -110,16 +122,14 @@ struct DeviceBlock {
   }
   __device__ static void multiply_half(Float16, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                        uint32_t b1, float (&s)[4]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
         : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
   __device__ static void multiply_half(float, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                        uint32_t b1, float (&s)[4]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
         : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));

@@ -26,16 +26,40 @@ View<T> view(const Matrix& m) {
   return {static_cast<T*>(m.data), m.stride};
 }
 
-// The states before a step, of the rows that have gone through a step before; the others begin with `first`, or zeros.
-template <class T, class First>
-struct Previous {
-  View<T> rows;
-  int64_t count = 0;
-  View<First> first;
+// Where the state before a step comes from.
+enum class Start { previous, initial, zeros };
 
-  PYRNNFAST_HD auto operator()(int64_t row, int64_t column) const -> decltype(widened(T{})) {
-    if (row < count) return widened(rows(row, column));
-    return first.present() ? widened(first(row, column)) : decltype(widened(T{}))(0);
+// Which sequences have which steps of a direction. Sequences are rows of a step; those of packed data, the longest
+// first, are at step t the first active(t). Padded data has all rows at all steps, but with `lengths` a sequence only
+// takes part in its first ones; `reset` says where its state is cleared before a step. (Backward in time: between the
+// same two.)
+struct Flow {
+  int64_t steps = 0, batch = 0;
+  bool reverse = false;
+  const int64_t* offsets = nullptr;  // [T + 1], null: the batch size does not change
+  const int64_t* lengths = nullptr;  // [B], null: all sequences have all steps
+  const uint8_t* reset = nullptr;    // [T, B], null: never
+  int64_t reset_step = 0, reset_row = 0;
+
+  PYRNNFAST_HD int64_t offset(int64_t t) const { return offsets == nullptr ? t * batch : offsets[t]; }
+  // At steps that are none: no row.
+  PYRNNFAST_HD int64_t active(int64_t t) const {
+    if (t < 0 || t >= steps) return 0;
+    return offsets == nullptr ? batch : offsets[t + 1] - offsets[t];
+  }
+  PYRNNFAST_HD bool here(int64_t t, int64_t row) const {
+    return row < active(t) && (lengths == nullptr || t < lengths[row]);
+  }
+  PYRNNFAST_HD int64_t before(int64_t t) const { return reverse ? t + 1 : t - 1; }
+  PYRNNFAST_HD int64_t later(int64_t t) const { return reverse ? t - 1 : t + 1; }
+
+  PYRNNFAST_HD Start start(int64_t t, int64_t row) const {
+    const bool goes_on = here(before(t), row);
+    if (reset != nullptr && (goes_on || !reverse)) {
+      const int64_t cleared = reverse ? t + 1 : t;
+      if (reset[cleared * reset_step + row * reset_row] != 0) return Start::zeros;
+    }
+    return goes_on ? Start::previous : Start::initial;
   }
 };
 
@@ -57,105 +81,205 @@ struct Biases {
   }
 };
 
-// Where the results of a step forward go, row 0 being the step's first.
-template <class E>
-struct ForwardResults {
+// The forward pass of a direction behind its products, one element of a step at a time, in three parts: what can be
+// loaded before the product is known, what has to be computed before the next step can begin, and what is only stored.
+template <class Cell, class E>
+struct ForwardLayer {
+  using A = Accumulator<E>;
+  Flow flow;
+  int64_t hidden = 0;
+  const E *bias_ih = nullptr, *bias_hh = nullptr;
+  View<A> xgates;  // of the chunk, which begins at row `base`
+  int64_t base = 0;
   View<E> y, saved;
-  View<Accumulator<E>> cells;
+  View<A> cells;
 
-  template <class Cell>
-  PYRNNFAST_HD void write(const StepForward<Accumulator<E>>& s, int64_t hidden, int64_t row, int64_t unit) const {
-    y(row, unit) = Rounded<E>::from(s.h);
-    if (Cell::saved > 0 && saved.present()) {
-      for (int k = 0; k < Cell::saved; ++k) saved(row, k * hidden + unit) = Rounded<E>::from(s.saved[k]);
+  struct Ahead {
+    bool in_data = false;  // whether the sequence has a row at this step, padding or not
+    bool here = false;     // and has this step
+    bool cleared = false;
+    int64_t place = 0;
+    A x[Cell::gates] = {};
+  };
+
+  PYRNNFAST_HD Ahead ahead(int64_t t, int64_t row, int64_t unit) const {
+    Ahead a;
+    a.in_data = row < flow.active(t);
+    if (!a.in_data) return a;
+    a.place = flow.offset(t) + row;
+    a.here = flow.here(t, row);
+    if (!a.here) return a;
+    a.cleared = flow.start(t, row) == Start::zeros;
+    for (int g = 0; g < Cell::gates; ++g) a.x[g] = xgates(a.place - base, g * hidden + unit);
+    return a;
+  }
+
+  // Of an element that is here. `h` and `c`: in and out, rounded as they are kept in memory.
+  PYRNNFAST_HD static StepForward<A> step(const Ahead& a, const Biases<Cell, A>& bias, const A (&product)[Cell::gates],
+                                          A& h, A& c) {
+    StepForward<A> s{};
+    for (int g = 0; g < Cell::gates; ++g) {
+      s.x[g] = a.x[g] + bias.gate[g];
+      s.a[g] = a.cleared ? A(0) : product[g];
     }
-    if (Cell::has_cell && cells.present()) cells(row, unit) = s.c;
+    s.bias_hn = bias.hn;
+    s.h_prev = a.cleared ? A(0) : h;
+    s.c_prev = a.cleared ? A(0) : c;
+    Cell::template forward<ScalarMath<A>>(s);
+    h = widened(Rounded<E>::from(s.h));
+    c = s.c;
+    return s;
+  }
+
+  PYRNNFAST_HD void store(const Ahead& a, int64_t unit, const StepForward<A>& s) const {
+    if (!a.in_data) return;
+    y(a.place, unit) = Rounded<E>::from(a.here ? s.h : A(0));
+    if (Cell::has_cell && cells.present()) cells(a.place, unit) = a.here ? s.c : A(0);
+    if constexpr (Cell::saved > 0) {
+      if (!a.here || !saved.present()) return;
+      for (int k = 0; k < Cell::saved; ++k) saved(a.place, k * hidden + unit) = Rounded<E>::from(s.saved[k]);
+    }
   }
 };
 
-// A step forward behind its products.
+// A step of it, its states in memory.
 template <class Cell, class E>
 struct ForwardElement {
   using A = Accumulator<E>;
-  View<A> xgates, hgates;  // hgates absent: zeros
-  const E *bias_ih, *bias_hh;
-  View<E> h;  // the states, before and after
+  ForwardLayer<Cell, E> layer;
+  int64_t t;
+  View<A> hgates;  // absent: zeros
+  View<E> h;
   View<A> c;
-  ForwardResults<E> results;
-  int64_t hidden;
 
   PYRNNFAST_HD void operator()(int64_t row, int64_t unit) const {
-    Biases<Cell, A> bias;
-    bias.read(bias_ih, bias_hh, hidden, unit);
+    const auto a = layer.ahead(t, row, unit);
     StepForward<A> s{};
-    for (int g = 0; g < Cell::gates; ++g) {
-      s.x[g] = xgates(row, g * hidden + unit) + bias.gate[g];
-      if (hgates.present()) s.a[g] = hgates(row, g * hidden + unit);
+    if (a.here) {
+      Biases<Cell, A> bias;
+      bias.read(layer.bias_ih, layer.bias_hh, layer.hidden, unit);
+      A product[Cell::gates];
+      for (int g = 0; g < Cell::gates; ++g) product[g] = hgates.present() ? hgates(row, g * layer.hidden + unit) : A(0);
+      A own_h = widened(h(row, unit)), own_c = Cell::has_cell ? c(row, unit) : A(0);
+      s = layer.step(a, bias, product, own_h, own_c);
+      h(row, unit) = Rounded<E>::from(own_h);
+      if (Cell::has_cell) c(row, unit) = own_c;
     }
-    s.bias_hn = bias.hn;
-    if (Cell::forward_reads_h_prev) s.h_prev = widened(h(row, unit));
-    if (Cell::has_cell) s.c_prev = c(row, unit);
-    Cell::template forward<ScalarMath<A>>(s);
-    h(row, unit) = Rounded<E>::from(s.h);
-    if (Cell::has_cell) c(row, unit) = s.c;
-    results.template write<Cell>(s, hidden, row, unit);
+    layer.store(a, unit, s);
   }
 };
 
-// What a step back through time reads and writes besides the products, row 0 being the step's first.
-template <class E>
-struct BackwardOperandsOfStep {
+// The way back through time of a direction behind its products, in the same three parts.
+template <class Cell, class E>
+struct BackwardLayer {
   using A = Accumulator<E>;
+  Flow flow;
+  int64_t hidden = 0;
   View<E> grad_y, grad_h_n;
   View<A> grad_cells;
-  int64_t continuing = 0;  // the rows before this one have gone through a later step; the others begin with grad_h_n
-  View<E> y, saved;
+  View<E> y, saved, h0, c0;
   View<A> cells;
-  Previous<E, E> h_prev;
-  Previous<A, E> c_prev;
-  View<E> dgates;       // out, [rows, P·H]
-  View<E> h_prev_rows;  // out, [rows, H]: for the product that gives ∂L/∂W_hh; absent where nobody wants it
+  View<E> dgates;       // out, of the chunk, which begins at row `base`: [rows, P·H]
+  View<E> h_prev_rows;  // likewise [rows, H]: for the product that gives ∂L/∂W_hh; absent where nobody wants it
+  int64_t base = 0;
+  View<A> dh;  // out, [B, H]: ∂L/∂h0, but for what the carry adds; absent where nobody wants it
 
-  // `dh`: what comes from the later step, of rows that continue. `carry`: in and out.
-  template <class Cell>
-  PYRNNFAST_HD StepBackward<A> run(A dh, A& carry, int64_t hidden, int64_t row, int64_t unit) const {
-    StepBackward<A> s{};
-    if (row < continuing) {
-      s.dh = dh;
-    } else if (grad_h_n.present()) {
-      s.dh = widened(grad_h_n(row, unit));
+  // Numbers as they lie in memory, since a conversion would wait for them.
+  struct Ahead {
+    bool in_data = false, here = false;
+    bool from_later = false;  // whether the sequence has the later step
+    bool passed_on = false;   // which had its state from this one, or, if this is none, from before the sequence
+    int64_t place = 0;
+    E grad_y = Rounded<E>::from(0), grad_h_n = Rounded<E>::from(0), h = Rounded<E>::from(0);
+    E h_prev = Rounded<E>::from(0), c0 = Rounded<E>::from(0);
+    E saved[Cell::saved > 0 ? Cell::saved : 1] = {};
+    A c = 0, c_prev = 0, grad_cells = 0;
+  };
+
+  PYRNNFAST_HD Ahead ahead(int64_t t, int64_t row, int64_t unit) const {
+    Ahead a;
+    const int64_t later = flow.later(t), before = flow.before(t);
+    a.from_later = flow.here(later, row);
+    a.passed_on = a.from_later && flow.start(later, row) != Start::zeros;
+    a.in_data = row < flow.active(t);
+    if (!a.in_data) return a;
+    a.place = flow.offset(t) + row;
+    a.here = flow.here(t, row);
+    if (!a.here) return a;
+    if (!a.from_later && grad_h_n.present()) a.grad_h_n = grad_h_n(row, unit);
+    if (grad_y.present()) a.grad_y = grad_y(a.place, unit);
+    if (Cell::backward_reads_h) a.h = y(a.place, unit);
+    const Start start = flow.start(t, row);
+    if (start == Start::previous) {
+      const int64_t place_before = flow.offset(before) + row;
+      a.h_prev = y(place_before, unit);
+      if (Cell::has_cell) a.c_prev = cells(place_before, unit);
+    } else if (start == Start::initial) {
+      if (h0.present()) a.h_prev = h0(row, unit);
+      if (Cell::has_cell && c0.present()) a.c0 = c0(row, unit);
     }
-    if (grad_y.present()) s.dh = s.dh + widened(grad_y(row, unit));
-    s.carry = carry;
-    if (Cell::backward_reads_h) s.h = widened(y(row, unit));
-    const A before = h_prev(row, unit);
-    s.h_prev = before;
     if (Cell::has_cell) {
-      s.c = cells(row, unit);
-      s.c_prev = c_prev(row, unit);
-      if (grad_cells.present()) s.carry = s.carry + grad_cells(row, unit);
+      a.c = cells(a.place, unit);
+      if (grad_cells.present()) a.grad_cells = grad_cells(a.place, unit);
     }
-    for (int k = 0; k < Cell::saved; ++k) s.saved[k] = widened(saved(row, k * hidden + unit));
+    for (int k = 0; k < Cell::saved; ++k) a.saved[k] = saved(a.place, k * hidden + unit);
+    return a;
+  }
+
+  // `product`: what comes from the later step. `carry`: in and out.
+  PYRNNFAST_HD static StepBackward<A> step(const Ahead& a, A product, A& carry) {
+    StepBackward<A> s{};
+    if (a.from_later && !a.passed_on) carry = 0;
+    if (!a.here) return s;
+    s.dh = (a.passed_on ? product : A(widened(a.grad_h_n))) + widened(a.grad_y);
+    s.carry = carry + a.grad_cells;
+    s.h = widened(a.h);
+    s.h_prev = widened(a.h_prev);
+    s.c = a.c;
+    s.c_prev = a.c_prev + widened(a.c0);  // one of them is zero
+    for (int k = 0; k < Cell::saved; ++k) s.saved[k] = widened(a.saved[k]);
     Cell::template backward<ScalarMath<A>>(s);
-    for (int k = 0; k < Cell::dgates; ++k) dgates(row, k * hidden + unit) = Rounded<E>::from(s.dgates[k]);
-    if (h_prev_rows.present()) h_prev_rows(row, unit) = Rounded<E>::from(before);
     carry = s.carry;
     return s;
   }
+
+  // Of padding the gate gradients are zeros.
+  PYRNNFAST_HD void store(const Ahead& a, int64_t row, int64_t unit, A product, const StepBackward<A>& s) const {
+    if (!a.here && a.from_later && dh.present()) dh(row, unit) = a.passed_on ? product : A(0);
+    if (!a.in_data) return;
+    for (int k = 0; k < Cell::dgates; ++k) dgates(a.place - base, k * hidden + unit) = Rounded<E>::from(s.dgates[k]);
+    if (h_prev_rows.present()) h_prev_rows(a.place - base, unit) = a.h_prev;
+  }
 };
 
-// A step back through time behind its product.
+// A step of it, the carry in memory.
 template <class Cell, class E>
 struct BackwardElement {
   using A = Accumulator<E>;
-  BackwardOperandsOfStep<E> operands;
-  View<A> dh, carry;
-  int64_t hidden;
+  BackwardLayer<Cell, E> layer;
+  int64_t t;
+  View<A> product, carry;
 
   PYRNNFAST_HD void operator()(int64_t row, int64_t unit) const {
+    const auto a = layer.ahead(t, row, unit);
+    const A own = a.from_later ? product(row, unit) : A(0);
     A carried = Cell::has_carry ? carry(row, unit) : A(0);
-    operands.template run<Cell>(row < operands.continuing ? dh(row, unit) : A(0), carried, hidden, row, unit);
+    const auto s = layer.step(a, own, carried);
     if (Cell::has_carry) carry(row, unit) = carried;
+    layer.store(a, row, unit, own, s);
+  }
+};
+
+// Rows of padded data, zeros where it is padding.
+template <class E>
+struct WithoutPadding {
+  View<E> to, from;
+  Flow flow;
+  int64_t first;  // the step that the rows begin with
+
+  PYRNNFAST_HD void operator()(int64_t row, int64_t column) const {
+    const bool real = flow.here(first + row / flow.batch, row % flow.batch);
+    to(row, column) = real ? from(row, column) : Rounded<E>::from(0);
   }
 };
 

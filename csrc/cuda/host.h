@@ -17,8 +17,7 @@
 namespace pyrnnfast {
 namespace {
 
-// Sleeps of random length around every wait and before every publication, so that blocks meet in orders that they
-// seldom do.
+// Sleeps of random length around every wait and publication, so that blocks meet in orders that they seldom do.
 struct Delays {
   unsigned seed = 0;  // 0: none
 };
@@ -87,11 +86,13 @@ class HostBlock {
   void publish(int32_t* flag, int32_t value) {
     pause();
     __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+    pause();
   }
 
-  Words load(const void* from) {
-    Words words;
-    memcpy(&words, from, sizeof(Words));
+  // Zeros where there is nothing.
+  Words load(const void* from, bool present) {
+    Words words{};
+    if (present) memcpy(&words, from, sizeof(Words));
     return words;
   }
 

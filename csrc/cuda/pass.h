@@ -77,20 +77,31 @@ struct Direction {
     return p.offsets[after] - base(s);
   }
 
-  int32_t* flags = nullptr;           // [row groups, unit blocks]
   int64_t* device_offsets = nullptr;  // [T + 1], where the batch size changes
+  int32_t* flags = nullptr;           // [row groups, unit blocks]
 
   void take_common(Arena& arena) {
-    if (!plan.persistent) return;
-    flags = arena.take<int32_t>(plan.row_groups * plan.unit_blocks);
     if (!dense()) device_offsets = arena.take<int64_t>(p.steps + 1);
+    if (plan.persistent) flags = arena.take<int32_t>(plan.row_groups * plan.unit_blocks);
   }
 
   template <class M>
   void begin_common(M& m) const {
-    if (!plan.persistent) return;
-    m.zero(flags, plan.row_groups * plan.unit_blocks * static_cast<int64_t>(sizeof(int32_t)));
     if (device_offsets != nullptr) m.put(device_offsets, p.offsets, p.steps + 1);
+    if (plan.persistent) m.zero(flags, plan.row_groups * plan.unit_blocks * static_cast<int64_t>(sizeof(int32_t)));
+  }
+
+  Flow flow() const {
+    Flow f;
+    f.steps = p.steps;
+    f.batch = p.batch;
+    f.reverse = p.reverse;
+    f.offsets = device_offsets;
+    f.lengths = p.lengths;
+    f.reset = p.reset;
+    f.reset_step = p.next_reset_step;
+    f.reset_row = p.next_reset_row;
+    return f;
   }
 
   int64_t padded_rows() const { return plan.row_groups * plan.row_tiles * kTileRows; }
@@ -99,12 +110,7 @@ struct Direction {
   void fill_common(Run& run, const Steps& s) const {
     run.first = s.first;
     run.last = s.last;
-    run.steps = p.steps;
     run.descending = descending();
-    run.batch = p.batch;
-    run.hidden = p.hidden;
-    run.offsets = device_offsets;
-    run.base = base(s);
     run.unit_blocks = plan.unit_blocks;
     run.depth = plan.depth;
     run.exchange_rows = padded_rows();
@@ -156,24 +162,33 @@ struct ForwardPass : Direction<Forward, false> {
                            p.weight_ih.data, p.weight_ih.stride, true, xgates.data, xgates.stride, false, tf32});
   }
 
-  ForwardResults<E> results(int64_t row) const {
-    return {view<E>(p.y).from(row), view<E>(p.saved).from(row), view<A>(p.cells).from(row)};
+  ForwardLayer<Cell, E> layer(const Steps& s) const {
+    ForwardLayer<Cell, E> l;
+    l.flow = flow();
+    l.hidden = p.hidden;
+    l.bias_ih = static_cast<const E*>(p.bias_ih.data);
+    l.bias_hh = static_cast<const E*>(p.bias_hh.data);
+    l.xgates = xgates;
+    l.base = base(s);
+    l.y = view<E>(p.y);
+    l.saved = view<E>(p.saved);
+    l.cells = view<A>(p.cells);
+    return l;
   }
 
+  // A part of a chunk.
   template <class M>
-  void sweep_by_steps(M& m, const Steps& s) const {
+  void sweep_by_steps(M& m, const Steps& chunk, const Steps& part) const {
     const auto h = view<E>(p.h_n);
-    for (int64_t step = s.first; step < s.last; ++step) {
-      const int64_t t = time(step), row = p.offsets[t], active = this->active(t);
+    const auto l = layer(chunk);
+    for (int64_t step = part.first; step < part.last; ++step) {
+      const int64_t t = time(step), active = this->active(t);
       const bool product = step > 0 || p.h0.data != nullptr;
       if (product) {
         m.template gemm<E, A>({active, Cell::gates * p.hidden, p.hidden, h.data, h.stride, false, p.weight_hh.data,
                                p.weight_hh.stride, true, hgates.data, hgates.stride, false, tf32});
       }
-      m.each(active, p.hidden,
-             ForwardElement<Cell, E>{xgates.from(row - base(s)), product ? hgates : View<A>{},
-                                     static_cast<const E*>(p.bias_ih.data), static_cast<const E*>(p.bias_hh.data), h, c,
-                                     results(row), p.hidden});
+      m.each(active, p.hidden, ForwardElement<Cell, E>{l, t, product ? hgates : View<A>{}, h, c});
     }
   }
 
@@ -182,12 +197,9 @@ struct ForwardPass : Direction<Forward, false> {
     fill_common(run, s);
     run.exchange = exchange;
     run.weights = view<E>(p.weight_hh);
-    run.bias_ih = static_cast<const E*>(p.bias_ih.data);
-    run.bias_hh = static_cast<const E*>(p.bias_hh.data);
-    run.xgates = xgates;
+    run.layer = layer(s);
     run.h = view<E>(p.h_n);
     run.c = c;
-    run.results = results(0);
     return run;
   }
 
@@ -206,8 +218,10 @@ struct BackwardPass : Direction<Backward, true> {
   using Tail = BackwardTail<Cell, E>;
   static constexpr bool wide = sizeof(A) == sizeof(E);
 
-  View<A> dh, carry;
+  View<A> product;    // of a step's gate gradients and W_hh
+  View<A> dh, carry;  // of the sequences that have had their first step; the LSTM's ∂L/∂c, or what adds to the GRU's dh
   View<E> dgates, h_prev_rows;
+  View<E> x_rows;  // x without what stands in padding, which may be NaN
   E* ones = nullptr;
   E* exchange = nullptr;
   // The gradients of weights, where they cannot be summed up in the place of the results.
@@ -216,10 +230,12 @@ struct BackwardPass : Direction<Backward, true> {
   BackwardPass(const Backward& backward, const Plan& plan, bool tf32, Arena& arena)
       : Direction<Backward, true>{backward, plan, tf32} {
     const int64_t rows = plan.chunk_steps * p.batch, H = p.hidden, GH = Cell::gates * H;
-    dh = {arena.take<A>(p.batch * H), H};
+    if (!plan.persistent) product = {arena.take<A>(p.batch * H), H};
+    if (wants_states()) dh = {arena.take<A>(p.batch * H), H};
     if (Cell::has_carry) carry = {arena.take<A>(p.batch * H), H};
     if (p.dgates.data == nullptr) dgates = {arena.take<E>(rows * Cell::dgates * H), Cell::dgates * H};
     if (p.dweight_hh.data != nullptr) h_prev_rows = {arena.take<E>(rows * H), H};
+    if (p.dweight_ih.data != nullptr && p.lengths != nullptr) x_rows = {arena.take<E>(rows * p.inputs), p.inputs};
     if (p.dbias_ih.data != nullptr || p.dbias_hh.data != nullptr) ones = arena.take<E>(rows);
     if (!sums_in_place()) {
       if (p.dweight_ih.data != nullptr) sum_weight_ih = {arena.take<A>(GH * p.inputs), p.inputs};
@@ -241,6 +257,8 @@ struct BackwardPass : Direction<Backward, true> {
     if (Cell::has_carry) {
       m.each(p.batch, p.hidden, Copy<A, E>{carry, Cell::has_cell ? view<E>(p.grad_c_n) : View<E>{}, {}});
     }
+    // Sequences without a step keep it.
+    if (wants_states()) m.each(p.batch, p.hidden, Copy<A, E>{dh, view<E>(p.grad_h_n), {}});
     if (ones != nullptr) m.each(1, plan.chunk_steps * p.batch, Ones<E>{ones});
     begin_common(m);
     if (plan.persistent) m.zero(exchange, 2 * padded_rows() * plan.depth * static_cast<int64_t>(sizeof(E)));
@@ -260,43 +278,43 @@ struct BackwardPass : Direction<Backward, true> {
     return p.dgates.data == nullptr ? dgates : view<E>(p.dgates).from(base(s));
   }
 
-  // Of the step at t. In the order of the forward pass, `before` is the step before, `later` the one after.
-  BackwardOperandsOfStep<E> operands(const Steps& s, int64_t t) const {
-    const int64_t row = p.offsets[t], before = p.reverse ? t + 1 : t - 1, later = p.reverse ? t - 1 : t + 1;
-    BackwardOperandsOfStep<E> o;
-    o.grad_y = view<E>(p.grad_y).from(row);
-    o.grad_h_n = view<E>(p.grad_h_n);
-    o.grad_cells = view<A>(p.grad_cells).from(row);
-    o.continuing = active(later);
-    o.y = view<E>(p.y).from(row);
-    o.saved = view<E>(p.saved).from(row);
-    o.cells = view<A>(p.cells).from(row);
-    o.h_prev.first = view<E>(p.h0);
-    o.c_prev.first = view<E>(p.c0);
-    if (active(before) > 0) {
-      o.h_prev.rows = view<E>(p.y).from(p.offsets[before]);
-      o.c_prev.rows = view<A>(p.cells).from(p.offsets[before]);
-      o.h_prev.count = o.c_prev.count = active(before);
-    }
-    o.dgates = dgates_of(s).from(row - base(s));
-    o.h_prev_rows = h_prev_rows.from(row - base(s));
-    return o;
+  BackwardLayer<Cell, E> layer(const Steps& s) const {
+    BackwardLayer<Cell, E> l;
+    l.flow = flow();
+    l.hidden = p.hidden;
+    l.grad_y = view<E>(p.grad_y);
+    l.grad_h_n = view<E>(p.grad_h_n);
+    l.grad_cells = view<A>(p.grad_cells);
+    l.y = view<E>(p.y);
+    l.saved = view<E>(p.saved);
+    l.h0 = view<E>(p.h0);
+    l.c0 = view<E>(p.c0);
+    l.cells = view<A>(p.cells);
+    l.dgates = dgates_of(s);
+    l.h_prev_rows = h_prev_rows;
+    l.base = base(s);
+    l.dh = dh;
+    return l;
   }
 
   template <class M>
-  void sweep_by_steps(M& m, const Steps& s) const {
-    for (int64_t step = s.first; step < s.last; ++step) {
-      const int64_t t = time(step), active = this->active(t);
-      const auto o = operands(s, t);
-      m.each(active, p.hidden, BackwardElement<Cell, E>{o, dh, carry, p.hidden});
-      // For the next step, and for the first states of the sequences that have none.
-      const int64_t wanted = wants_states() ? active : std::min(active, this->active(p.reverse ? t + 1 : t - 1));
+  void sweep_by_steps(M& m, const Steps& chunk, const Steps& part) const {
+    const auto l = layer(chunk);
+    const bool beyond = wants_states() && part.last == p.steps;  // to ∂L/∂h0
+    for (int64_t step = part.first; step < part.last + (beyond ? 1 : 0); ++step) {
+      const int64_t t = time(step), next = time(step + 1), active = this->active(t),
+                    last = this->active(time(step - 1));
+      // Sequences that had their first step before this one leave here.
+      m.each(wants_states() ? std::max(active, last) : active, p.hidden,
+             BackwardElement<Cell, E>{l, t, product, carry});
+      const int64_t wanted = wants_states() ? active : std::min(active, this->active(next));
       if (wanted == 0) continue;
+      const E* left = l.dgates.row(p.offsets[t] - base(chunk));
       int64_t weight_row = 0;
       for (const Segment& segment : Cell::segment) {
-        m.template gemm<E, A>({wanted, p.hidden, segment.length * p.hidden, o.dgates.data + segment.begin * p.hidden,
-                               o.dgates.stride, false, view<E>(p.weight_hh).row(weight_row), p.weight_hh.stride, false,
-                               dh.data, dh.stride, weight_row > 0, tf32});
+        m.template gemm<E, A>({wanted, p.hidden, segment.length * p.hidden, left + segment.begin * p.hidden,
+                               l.dgates.stride, false, view<E>(p.weight_hh).row(weight_row), p.weight_hh.stride, false,
+                               product.data, product.stride, weight_row > 0, tf32});
         weight_row += segment.length * p.hidden;
       }
     }
@@ -307,19 +325,8 @@ struct BackwardPass : Direction<Backward, true> {
     fill_common(run, s);
     run.exchange = exchange;
     run.weights = view<E>(p.weight_hh);
-    run.grad_y = view<E>(p.grad_y);
-    run.grad_h_n = view<E>(p.grad_h_n);
-    run.grad_cells = view<A>(p.grad_cells);
-    run.y = view<E>(p.y);
-    run.saved = view<E>(p.saved);
-    run.cells = view<A>(p.cells);
-    run.h0 = view<E>(p.h0);
-    run.c0 = view<E>(p.c0);
-    run.dgates = dgates_of(s);
-    run.h_prev_rows = h_prev_rows;
-    run.dh = dh;
+    run.layer = layer(s);
     run.carry = carry;
-    run.leaves = wants_states();
     return run;
   }
 
@@ -336,8 +343,12 @@ struct BackwardPass : Direction<Backward, true> {
                              false, view<E>(p.dx).row(base(s)), p.dx.stride, add_to_dx, tf32});
     }
     const Segment all[] = {{0, Cell::gates}};
-    const E* x = view<E>(p.x).row(base(s));
-    sum(m, count, left, all, x, p.x.stride, p.inputs, p.dweight_ih, sum_weight_ih, add, tf32);
+    View<E> x = view<E>(p.x).from(base(s));
+    if (x_rows.present()) {
+      m.each(count, p.inputs, WithoutPadding<E>{x_rows, x, flow(), base(s) / p.batch});
+      x = x_rows;
+    }
+    sum(m, count, left, all, x.data, x.stride, p.inputs, p.dweight_ih, sum_weight_ih, add, tf32);
     sum(m, count, left, Cell::segment, h_prev_rows.data, h_prev_rows.stride, H, p.dweight_hh, sum_weight_hh, add, tf32);
     // The sums of columns, not rounded to TF32.
     sum_columns(m, count, left, all, p.dbias_ih, sum_bias_ih, add);
@@ -437,8 +448,11 @@ void run_layer(const std::vector<P>& directions, const Plan& plan, bool tf32, vo
         }
       }
     }
-    if (!plan.persistent) {
-      for (size_t d = 0; d < passes.size(); ++d) passes[d].sweep_by_steps(machine(d), chunk);
+    // By turns: a direction's steps together would fill the queue of launches before the other's came to it.
+    constexpr int64_t turn = 16;
+    for (int64_t begin = chunk.first; begin < chunk.last && !plan.persistent; begin += turn) {
+      const Steps part{begin, std::min(begin + turn, chunk.last)};
+      for (size_t d = 0; d < passes.size(); ++d) passes[d].sweep_by_steps(machine(d), chunk, part);
     }
     for (size_t d = 0; d < passes.size(); ++d) passes[d].after_sweep(machine(d), chunk);
   }

@@ -6,8 +6,9 @@
 // writes its part of the next exchange. Forward, the exchange holds h; backward, the gate gradients, so that every
 // block computes ∂L/∂h of its own units. There are two exchanges, used by turns, and one flag for each block: the
 // number of steps that it has written. A warp waits for the blocks whose part it is about to read, and no others.
-// Nobody writes an exchange that is still being read: who writes step s + 1 has seen all of step s, whose writers had
-// read the exchange of step s − 1 before.
+// Nobody writes an
+// exchange that is still being read: before a block writes step s + 1, its warps together have seen step s of all
+// blocks, and have met; and those blocks had read the exchange of step s − 1 before.
 //
 // A Block gives the code its threads: on the device those of CUDA (device.cuh); in the tests loops, and a std::thread
 // for each block (host.h). `Each…` are what a lane, warp or thread keeps to itself. All loops over fragments that are
@@ -44,23 +45,13 @@ struct WeightWords {
 template <class E>
 struct SweepRun {
   int64_t first, last;  // steps, in the order of the pass
-  int64_t steps;        // T
   bool descending;      // whether time goes down
-  int64_t batch, hidden;
-  const int64_t* offsets;  // null: the batch size does not change
-  int64_t base;            // the first row of the chunk
   int64_t unit_blocks, depth, exchange_rows, spare_fragments;
   int32_t* flags;  // [row groups, unit blocks]
   E* exchange;     // [2, exchange_rows, depth]
   View<E> weights;
 
-  PYRNNFAST_HD int64_t time(int64_t step) const { return descending ? steps - 1 - step : step; }
-  PYRNNFAST_HD int64_t offset(int64_t t) const { return offsets == nullptr ? t * batch : offsets[t]; }
-  // At steps that are none: no row.
-  PYRNNFAST_HD int64_t active(int64_t t) const {
-    if (t < 0 || t >= steps) return 0;
-    return offsets == nullptr ? batch : offsets[t + 1] - offsets[t];
-  }
+  PYRNNFAST_HD int64_t time(const Flow& flow, int64_t step) const { return descending ? flow.steps - 1 - step : step; }
   PYRNNFAST_HD E* exchange_row(int64_t step, int64_t row) const {
     return exchange + ((step % 2) * exchange_rows + row) * depth;
   }
@@ -75,61 +66,51 @@ struct ForwardTail {
   static constexpr int gates_of_exchange = 1;
 
   struct Run : SweepRun<E> {
-    const E *bias_ih, *bias_hh;
-    View<A> xgates;  // of the chunk
-    View<E> h;       // [B, H]: the states before and after the chunk
+    ForwardLayer<Cell, E> layer;
+    View<E> h;  // [B, H]: the states before and after the chunk
     View<A> c;
-    ForwardResults<E> results;
 
     PYRNNFAST_HD int64_t last_sweep_step() const { return this->last; }
   };
 
-  // What a thread keeps of one element from step to step.
+  // What a thread keeps from step to step, all of whose elements are of one unit.
+  using OfUnit = Biases<Cell, A>;
+
+  // Of one element, from step to step and from one part of a step to the next.
   struct Element {
-    Biases<Cell, A> bias;
-    A x[Cell::gates];
     A h, c;
+    typename ForwardLayer<Cell, E>::Ahead ahead;
+    StepForward<A> step;
   };
 
   // An element of the weights: row `row` of the tile, at `depth` of the exchange.
   PYRNNFAST_HD static E weight(const Run& run, int64_t block, int tile, int row, int64_t depth) {
-    const int64_t unit = block * kUnits + row;
-    return unit < run.hidden && depth < run.hidden ? run.weights(tile * run.hidden + unit, depth) : Rounded<E>::from(0);
+    const int64_t unit = block * kUnits + row, hidden = run.layer.hidden;
+    return unit < hidden && depth < hidden ? run.weights(tile * hidden + unit, depth) : Rounded<E>::from(0);
   }
 
-  PYRNNFAST_HD static void begin(const Run& run, Element& e, int64_t row, int64_t unit) {
-    e.bias.read(run.bias_ih, run.bias_hh, run.hidden, unit);
+  PYRNNFAST_HD static void begin(const Run& run, OfUnit& bias, Element& e, int64_t row, int64_t unit) {
+    bias.read(run.layer.bias_ih, run.layer.bias_hh, run.layer.hidden, unit);
     e.h = widened(run.h(row, unit));
     e.c = Cell::has_cell ? run.c(row, unit) : A(0);
   }
 
-  // Loads what the step wants from far away, before it waits.
+  // What the step wants from far away, before it waits for the others.
   PYRNNFAST_HD static void fetch(const Run& run, int64_t step, Element& e, int64_t row, int64_t unit) {
-    const int64_t t = run.time(step);
-    if (row >= run.active(t)) return;
-    for (int g = 0; g < Cell::gates; ++g) {
-      e.x[g] = run.xgates(run.offset(t) - run.base + row, g * run.hidden + unit);
-    }
+    e.ahead = run.layer.ahead(run.time(run.layer.flow, step), row, unit);
   }
 
-  PYRNNFAST_HD static void finish(const Run& run, int64_t step, Element& e, int64_t row, int64_t unit,
-                                  const A (&product)[weight_tiles]) {
-    const int64_t t = run.time(step);
-    if (row >= run.active(t)) return;
-    StepForward<A> s{};
-    for (int g = 0; g < Cell::gates; ++g) {
-      s.x[g] = e.x[g] + e.bias.gate[g];
-      s.a[g] = product[g];
-    }
-    s.bias_hn = e.bias.hn;
-    s.h_prev = e.h;
-    s.c_prev = e.c;
-    Cell::template forward<ScalarMath<A>>(s);
-    run.exchange_row(step + 1, row)[unit] = for_tensor_cores<E>(s.h);
-    run.results.template write<Cell>(s, run.hidden, run.offset(t) + row, unit);
-    // As the step form and the backward pass have it.
-    e.h = widened(Rounded<E>::from(s.h));
-    if (Cell::has_cell) e.c = s.c;
+  // What the others wait for.
+  PYRNNFAST_HD static void finish(const Run& run, int64_t step, const OfUnit& bias, Element& e, int64_t row,
+                                  int64_t unit, const A (&product)[weight_tiles]) {
+    if (!e.ahead.here) return;
+    e.step = run.layer.step(e.ahead, bias, product, e.h, e.c);
+    run.exchange_row(step + 1, row)[unit] = for_tensor_cores<E>(e.h);
+  }
+
+  // What nobody waits for.
+  PYRNNFAST_HD static void store(const Run& run, const Element& e, int64_t, int64_t unit) {
+    run.layer.store(e.ahead, unit, e.step);
   }
 
   PYRNNFAST_HD static void end(const Run& run, const Element& e, int64_t row, int64_t unit) {
@@ -158,70 +139,49 @@ struct BackwardTail {
   static constexpr int gates_of_exchange = Cell::gates;
 
   struct Run : SweepRun<E> {
-    View<E> grad_y, grad_h_n;
-    View<A> grad_cells;
-    View<E> y, saved;
-    View<A> cells;
-    View<E> h0, c0;
-    View<E> dgates, h_prev_rows;  // of the chunk
-    View<A> dh, carry;            // [B, H]: dh, out, of sequences that have had their first step
-    bool leaves;                  // whether anybody wants dh or the last carry
+    BackwardLayer<Cell, E> layer;
+    View<A> carry;  // [B, H]
 
     // One more product than there are steps gives ∂L/∂h0.
     PYRNNFAST_HD int64_t last_sweep_step() const {
-      return leaves && this->last == this->steps ? this->last + 1 : this->last;
+      return layer.dh.present() && this->last == layer.flow.steps ? this->last + 1 : this->last;
     }
   };
 
+  struct OfUnit {};
+
   struct Element {
-    A carry;
+    A carry, product;
+    typename BackwardLayer<Cell, E>::Ahead ahead;
+    StepBackward<A> step;
   };
 
   // At `depth` of the exchange: for each block, for each gate, its units.
   PYRNNFAST_HD static E weight(const Run& run, int64_t block, int, int row, int64_t depth) {
-    const int64_t unit = block * kUnits + row, gate = depth / kUnits % Cell::gates;
+    const int64_t unit = block * kUnits + row, gate = depth / kUnits % Cell::gates, hidden = run.layer.hidden;
     const int64_t source = depth / (kUnits * Cell::gates) * kUnits + depth % kUnits;
-    return unit < run.hidden && source < run.hidden ? run.weights(gate * run.hidden + source, unit)
-                                                    : Rounded<E>::from(0);
+    return unit < hidden && source < hidden ? run.weights(gate * hidden + source, unit) : Rounded<E>::from(0);
   }
 
-  PYRNNFAST_HD static void begin(const Run& run, Element& e, int64_t row, int64_t unit) {
+  PYRNNFAST_HD static void begin(const Run& run, OfUnit&, Element& e, int64_t row, int64_t unit) {
     e.carry = Cell::has_carry ? run.carry(row, unit) : A(0);
   }
 
-  PYRNNFAST_HD static void fetch(const Run&, int64_t, Element&, int64_t, int64_t) {}
+  PYRNNFAST_HD static void fetch(const Run& run, int64_t step, Element& e, int64_t row, int64_t unit) {
+    e.ahead = run.layer.ahead(run.time(run.layer.flow, step), row, unit);
+  }
 
-  PYRNNFAST_HD static void finish(const Run& run, int64_t step, Element& e, int64_t row, int64_t unit,
+  PYRNNFAST_HD static void finish(const Run& run, int64_t step, const OfUnit&, Element& e, int64_t row, int64_t unit,
                                   const A (&product)[weight_tiles]) {
-    const int64_t t = run.time(step);
-    // In the order of the layer, not of the pass: the step before this one, and the one after.
-    const int64_t before = run.descending ? t - 1 : t + 1, later = run.descending ? t + 1 : t - 1;
-    const int64_t active = run.active(t), continuing = run.active(later);
-    if (row >= active) {
-      if (row < continuing && run.leaves) run.dh(row, unit) = product[0];
-      return;
-    }
-    const int64_t first_row = run.offset(t);
-    BackwardOperandsOfStep<E> o;
-    o.grad_y = run.grad_y.from(first_row);
-    o.grad_h_n = run.grad_h_n;
-    o.grad_cells = run.grad_cells.from(first_row);
-    o.continuing = continuing;
-    o.y = run.y.from(first_row);
-    o.saved = run.saved.from(first_row);
-    o.cells = run.cells.from(first_row);
-    o.h_prev.first = run.h0;
-    o.c_prev.first = run.c0;
-    if (run.active(before) > 0) {
-      o.h_prev.rows = run.y.from(run.offset(before));
-      o.c_prev.rows = run.cells.from(run.offset(before));
-      o.h_prev.count = o.c_prev.count = run.active(before);
-    }
-    o.dgates = run.dgates.from(first_row - run.base);
-    o.h_prev_rows = run.h_prev_rows.from(first_row - run.base);
-    const StepBackward<A> s = o.template run<Cell>(product[0], e.carry, run.hidden, row, unit);
+    e.product = product[0];
+    e.step = run.layer.step(e.ahead, product[0], e.carry);
+    if (!e.ahead.here) return;
     E* to = run.exchange_row(step + 1, row) + unit / kUnits * (kUnits * Cell::gates) + unit % kUnits;
-    exchange_gates(to, s, std::make_integer_sequence<int, Cell::gates>{});
+    exchange_gates(to, e.step, std::make_integer_sequence<int, Cell::gates>{});
+  }
+
+  PYRNNFAST_HD static void store(const Run& run, const Element& e, int64_t row, int64_t unit) {
+    run.layer.store(e.ahead, row, unit, e.product, e.step);
   }
 
   template <int... Gate>
@@ -242,24 +202,32 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
   constexpr int held = held_fragments(weight_tiles, RowTiles);
   constexpr int fragment = depth_of_fragment(sizeof(E)), lane_elements = 16 / sizeof(E);
   constexpr int sum_stride = weight_tiles * kUnits + 4;  // against bank conflicts
+  // Fragments that are loaded together, and chains of products that do not wait for each other.
+  constexpr int at_once = 4 / RowTiles, chains = weight_tiles == 1 ? at_once : 1;
   constexpr int elements = (rows * kUnits + kThreads - 1) / kThreads;
 
   struct Fragments {
-    typename Block::template EachLane<WeightWords> tile[held][weight_tiles];
+    typename Block::template EachLane<WeightWords> tile[held > 0 ? held : 1][weight_tiles];
   };
   struct Elements {
+    typename Tail::OfUnit of_unit;
     typename Tail::Element element[elements];
   };
   typename Block::template EachWarp<Fragments> weights;
   typename Block::template EachThread<Elements> threads;
-  WeightWords* const spare = block.template shared<WeightWords>();
-  float* const sums = reinterpret_cast<float*>(spare + kWarps * run.spare_fragments * weight_tiles *
-                                                           kLanes);  // [warp, row, sum_stride]
+  // Of each warp, fragment, tile: the low half of all lanes, then the high one, against bank conflicts.
+  Words* const spare = block.template shared<Words>();
+  // [warp, row, sum_stride]
+  float* const sums = reinterpret_cast<float*>(spare + kWarps * run.spare_fragments * weight_tiles * 2 * kLanes);
+  const auto spare_of = [&](int warp, int64_t index, int tile) {
+    return spare + ((warp * run.spare_fragments + index) * weight_tiles + tile) * 2 * kLanes;
+  };
 
   const int64_t fragments = run.depth / fragment, row_begin = group * rows;
   const auto begin_of = [&](int warp) { return fragments * warp / kWarps; };
   int32_t* const flags = run.flags + group * run.unit_blocks;
 
+  static_assert(kThreads % kUnits == 0, "all elements of a thread are of one unit");
   // The elements of a thread: (row of the batch, unit), where there is such.
   const auto each_element = [&](const auto& body) {
     block.each_thread([&](int thread) {
@@ -267,8 +235,8 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
       for (int i = 0; i < elements; ++i) {
         const int place = i * kThreads + thread, row = place / kUnits;
         const int64_t unit = unit_block * kUnits + place % kUnits;
-        if (row < rows && row_begin + row < run.batch && unit < run.hidden) {
-          body(threads[thread].element[i], row, place % kUnits, row_begin + row, unit);
+        if (row < rows && row_begin + row < run.layer.flow.batch && unit < run.layer.hidden) {
+          body(threads[thread], threads[thread].element[i], row, place % kUnits, row_begin + row, unit);
         }
       }
     });
@@ -297,7 +265,8 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
         for (int tile = 0; tile < weight_tiles; ++tile) {
           const WeightWords both{words(tile, lane / 4, first + i, lane), words(tile, lane / 4 + 8, first + i, lane)};
           if (i >= held) {
-            spare[((warp * run.spare_fragments + i - held) * weight_tiles + tile) * kLanes + lane] = both;
+            spare_of(warp, i - held, tile)[lane] = both.low;
+            spare_of(warp, i - held, tile)[kLanes + lane] = both.high;
             continue;
           }
 #pragma unroll
@@ -308,19 +277,19 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
       }
     });
   });
-  each_element([&](auto& e, int, int, int64_t row, int64_t unit) { Tail::begin(run, e, row, unit); });
+  each_element(
+      [&](auto& own, auto& e, int, int, int64_t row, int64_t unit) { Tail::begin(run, own.of_unit, e, row, unit); });
 
   const int64_t last = run.last_sweep_step();
   for (int64_t step = run.first; step < last; ++step) {
-    each_element([&](auto& e, int, int, int64_t row, int64_t unit) { Tail::fetch(run, step, e, row, unit); });
+    each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::fetch(run, step, e, row, unit); });
     block.each_warp([&](int warp) {
       const int64_t first = begin_of(warp), count = begin_of(warp + 1) - first;
-      typename Block::template EachLane<Sums4> sum[weight_tiles][RowTiles];
+      typename Block::template EachLane<Sums4> sum[chains][weight_tiles][RowTiles];
       block.each_lane([&](int lane) {
 #pragma unroll
-        for (int tile = 0; tile < weight_tiles; ++tile) {
-#pragma unroll
-          for (int n = 0; n < RowTiles; ++n) sum[tile][n][lane] = Sums4{};
+        for (int k = 0; k < chains * weight_tiles * RowTiles; ++k) {
+          sum[k / (weight_tiles * RowTiles)][k / RowTiles % weight_tiles][k % RowTiles][lane] = Sums4{};
         }
       });
       if (count > 0 && step > 0) {
@@ -329,41 +298,51 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
         const int64_t writer = first * fragment / written, after = ((first + count) * fragment - 1) / written + 1;
         block.wait(flags + writer, (after < run.unit_blocks ? after : run.unit_blocks) - writer, step);
       }
-      const auto load = [&](int64_t index, typename Block::template EachLane<Words>(&from)[RowTiles]) {
+      typename Block::template EachLane<const E*> source;
+      block.each_lane([&](int lane) {
+        source[lane] = run.exchange_row(step, row_begin + lane / 4) + first * fragment + lane % 4 * lane_elements;
+      });
+      // Fragments [begin, begin + at_once), as many of them as there are; all loads are under way before the first is
+      // waited for.
+      const auto add_products = [&](int64_t begin, const auto& weight_of) {
+        typename Block::template EachLane<Words> from[at_once][RowTiles];
         block.each_lane([&](int lane) {
 #pragma unroll
-          for (int n = 0; n < RowTiles; ++n) {
-            from[n][lane] = block.load(run.exchange_row(step, row_begin + n * kTileRows + lane / 4) +
-                                       (first + index) * fragment + lane % 4 * lane_elements);
-          }
-        });
-      };
-#pragma unroll
-      for (int i = 0; i < held; ++i) {
-        if (i < count) {
-          typename Block::template EachLane<Words> from[RowTiles];
-          load(i, from);
-#pragma unroll
-          for (int tile = 0; tile < weight_tiles; ++tile) {
+          for (int g = 0; g < at_once; ++g) {
 #pragma unroll
             for (int n = 0; n < RowTiles; ++n) {
-              block.template multiply<E>(weights[warp].tile[i][tile], from[n], sum[tile][n]);
+              from[g][n][lane] =
+                  block.load(source[lane] + n * kTileRows * run.depth + (begin + g) * fragment, begin + g < count);
+            }
+          }
+        });
+#pragma unroll
+        for (int g = 0; g < at_once; ++g) {
+          if (begin + g < count) {
+#pragma unroll
+            for (int tile = 0; tile < weight_tiles; ++tile) {
+              auto&& weight = weight_of(g, tile);
+#pragma unroll
+              for (int n = 0; n < RowTiles; ++n) {
+                block.template multiply<E>(weight, from[g][n], sum[g % chains][tile][n]);
+              }
             }
           }
         }
-      }
-      for (int64_t i = held; i < count; ++i) {
-        typename Block::template EachLane<Words> from[RowTiles];
-        load(i, from);
+      };
 #pragma unroll
-        for (int tile = 0; tile < weight_tiles; ++tile) {
-          typename Block::template EachLane<WeightWords> weight;
-          block.each_lane([&](int lane) {
-            weight[lane] = spare[((warp * run.spare_fragments + i - held) * weight_tiles + tile) * kLanes + lane];
-          });
-#pragma unroll
-          for (int n = 0; n < RowTiles; ++n) block.template multiply<E>(weight, from[n], sum[tile][n]);
+      for (int begin = 0; begin < held; begin += at_once) {
+        if (begin < count) {
+          add_products(begin, [&](int g, int tile) -> auto& { return weights[warp].tile[begin + g][tile]; });
         }
+      }
+      for (int64_t begin = held; begin < count; begin += at_once) {
+        add_products(begin, [&](int g, int tile) {
+          typename Block::template EachLane<WeightWords> weight;
+          const Words* const both = spare_of(warp, begin + g - held, tile);
+          block.each_lane([&](int lane) { weight[lane] = {both[lane], both[kLanes + lane]}; });
+          return weight;
+        });
       }
       // Lane: rows lane / 4 and lane / 4 + 8 of the weights, sequences lane % 4 · 2 and the next.
       block.each_lane([&](int lane) {
@@ -374,14 +353,17 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
               const int row = n * kTileRows + lane % 4 * 2 + k % 2, column = tile * kUnits + lane / 4 + k / 2 * 8;
-              sums[(warp * rows + row) * sum_stride + column] = sum[tile][n][lane].value[k];
+              float total = sum[0][tile][n][lane].value[k];
+#pragma unroll
+              for (int chain = 1; chain < chains; ++chain) total += sum[chain][tile][n][lane].value[k];
+              sums[(warp * rows + row) * sum_stride + column] = total;
             }
           }
         }
       });
     });
     block.meet();
-    each_element([&](auto& e, int own_row, int own_unit, int64_t row, int64_t unit) {
+    each_element([&](auto& own, auto& e, int own_row, int own_unit, int64_t row, int64_t unit) {
       float product[weight_tiles];
 #pragma unroll
       for (int tile = 0; tile < weight_tiles; ++tile) {
@@ -391,11 +373,12 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
           product[tile] += sums[(warp * rows + own_row) * sum_stride + tile * kUnits + own_unit];
         }
       }
-      Tail::finish(run, step, e, row, unit, product);
+      Tail::finish(run, step, own.of_unit, e, row, unit, product);
     });
     block.publish(flags + unit_block, static_cast<int32_t>(step + 1));
+    each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::store(run, e, row, unit); });
   }
-  each_element([&](auto& e, int, int, int64_t row, int64_t unit) { Tail::end(run, e, row, unit); });
+  each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::end(run, e, row, unit); });
 }
 
 }  // namespace

@@ -37,9 +37,12 @@ inline constexpr int kThreads = kWarps * kLanes;
 PYRNNFAST_HD constexpr int depth_of_fragment(int element_bytes) { return 64 / element_bytes; }
 
 // Fragments of the weights that a warp holds in registers, for each tile of 16 rows of the weights; the others lie in
-// shared memory. A fragment of a tile is 8 registers a lane.
+// shared memory. A fragment of a tile is 8 registers a lane; a thread has 255, and needs 4 for the sum of each pair of
+// tiles besides those of its elements. More than these and ptxas spills on some architecture.
 PYRNNFAST_HD constexpr int held_fragments(int weight_tiles, int row_tiles) {
-  return (row_tiles == 1 ? 16 : row_tiles == 2 ? 12 : 8) / weight_tiles;
+  if (weight_tiles == 1) return row_tiles == 4 ? 6 : 12;
+  if (row_tiles == 4) return weight_tiles == 4 ? 0 : 2;
+  return (row_tiles == 1 ? 16 : 12) / weight_tiles;
 }
 
 struct Plan {

@@ -10,7 +10,9 @@ namespace pyrnnfast {
 namespace {
 
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next launch would be blamed for it
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 class Event {
