@@ -5,7 +5,8 @@ import os
 # First, so that the kernels find the OpenMP runtime that torch has loaded.
 import torch
 
-from . import functional, reference, tbptt
+from . import cuda, functional, reference, tbptt
+from .about import Info, info
 from .modules import GRU, LSTM, RNN, Explanation, GRUCell, LSTMCell, RNNCell, explain
 from .ops import enable_compile
 from .replace import replace, restore
@@ -17,11 +18,14 @@ __all__ = [
     "RNN",
     "Explanation",
     "GRUCell",
+    "Info",
     "LSTMCell",
     "RNNCell",
+    "cuda",
     "enable_compile",
     "explain",
     "functional",
+    "info",
     "reference",
     "replace",
     "restore",

@@ -6,15 +6,17 @@ The first derivative is :mod:`pyrnnfast.passes`; one that has to be differentiat
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, segments
 from .passes import (
     CELLS,
     Gradients,
+    Mask,
+    Steps,
     Upstream,
     backward,
     forward,
@@ -24,6 +26,9 @@ from .passes import (
     room_to_keep,
     side_by_side,
 )
+
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result")
 
 
 class Outputs(NamedTuple):
@@ -35,15 +40,14 @@ class Outputs(NamedTuple):
     cells: Tensor | None
 
 
-def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward whose products keep their dtype where it runs inside an autocast region; the forward ran outside."""
+def without_autocast(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
+    """What goes back by way of the reference, with products that keep their dtype where it is called inside an autocast
+    region; the forward ran outside. The kernels do not ask."""
 
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Tensor | None) -> Any:
-        if not torch.is_autocast_enabled("cpu"):
-            return backward(ctx, *grads)
-        with torch.autocast("cpu", enabled=False):
-            return backward(ctx, *grads)
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
 
     return run
 
@@ -62,7 +66,7 @@ def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
 
 
 class _Layer(torch.autograd.Function):
-    """y, h_n[, c_n[, cells]] = layer(cell, cell_states, x, batch_sizes, h0, c0, *weights)"""
+    """y, h_n[, c_n[, cells]] = layer(cell, cell_states, x, steps, h0, c0, *weights)"""
 
     @staticmethod
     def forward(
@@ -70,30 +74,32 @@ class _Layer(torch.autograd.Function):
         cell: str,
         cell_states: bool,
         x: Tensor,
-        batch_sizes: Tensor | None,
+        steps: Steps,
         h0: Tensor | None,
         c0: Tensor | None,
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.cell, ctx.count, ctx.cell_states = cell, len(weights), cell_states
         ctx.set_materialize_grads(False)
+        ctx.masked = isinstance(steps, Mask)
+        of_steps = steps if isinstance(steps, Mask) else (steps, None)
         if cell_states:
             gates, cells = room_for_gates(cell, x, weights), room_for_cells(x, weights)
             kept = side_by_side(gates, cells, weights)
-            y, h_n, c_n, _ = forward(cell, x, batch_sizes, h0, c0, weights, kept)
+            y, h_n, c_n, _ = forward(cell, x, steps, h0, c0, weights, kept)
             # Whole, as they are results, and not by their columns: autograd then sees when somebody changes them.
-            ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, y, gates, cells)
+            ctx.save_for_backward(x, *of_steps, h0, c0, *weights, y, gates, cells)
             assert c_n is not None
             return y, h_n, c_n, cells
-        y, h_n, c_n, kept = forward(cell, x, batch_sizes, h0, c0, weights, room_to_keep(cell, x, weights))
-        ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, y, *kept)
+        y, h_n, c_n, kept = forward(cell, x, steps, h0, c0, weights, room_to_keep(cell, x, weights))
+        ctx.save_for_backward(x, *of_steps, h0, c0, *weights, y, *kept)
         return (y, h_n) if c_n is None else (y, h_n, c_n)
 
     @staticmethod
-    @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # Once: checkpointing lets them be unpacked only once.
-        x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
+        x, *of_steps, h0, c0 = (saved := ctx.saved_tensors)[:5]
+        rest, steps = saved[5:], Mask(*of_steps) if ctx.masked else of_steps[0]
         cell, count = ctx.cell, ctx.count
         weights, y, kept = rest[:count], rest[count], tuple(rest[count + 1 :])
         if ctx.cell_states:
@@ -104,9 +110,9 @@ class _Layer(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         upstream = Upstream(*grads)
         if beyond_kernels(grads):
-            found = differentiable_backward(cell, needs, x, batch_sizes, h0, c0, weights, upstream)
+            found = differentiable_backward(cell, needs, x, steps, h0, c0, weights, upstream)
         else:
-            found = backward(cell, needs, x, batch_sizes, h0, c0, weights, y, kept, upstream)
+            found = backward(cell, needs, x, steps, h0, c0, weights, y, kept, upstream)
         return None, None, found.x, None, found.h0, found.c0, *found.weights
 
 
@@ -125,7 +131,6 @@ class _Step(torch.autograd.Function):
         return h if c is None else (h, c)
 
     @staticmethod
-    @without_autocast
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, h0, c0, *weights, h, gates, cells = ctx.saved_tensors
         cell, needs = ctx.cell, ctx.needs_input_grad[1:]
@@ -152,13 +157,15 @@ _apply_step = super(torch.autograd.Function, _Step).apply
 def reference_layer(
     cell: str,
     x: Tensor,
-    batch_sizes: Tensor | None,
+    steps: Steps,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
 ) -> Outputs:
     """A layer by :mod:`pyrnnfast.reference`: slow, of torch's operators alone, and so whatever they can do."""
-    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    if isinstance(steps, Mask):
+        return _reference_of_padded(cell, x, steps, h0, c0, weights)
+    sizes = [x.shape[1]] * x.shape[0] if steps is None else steps.tolist()
     initial = None if h0 is None else (h0,) if c0 is None else (h0, c0)
     by_direction = [weights[k : k + 4] for k in range(0, len(weights), 4)]
     states, (h_n, *c_n) = reference.layer(cell, x.reshape(-1, x.shape[-1]), initial, by_direction, sizes)
@@ -166,11 +173,35 @@ def reference_layer(
     return Outputs(y, h_n, c_n[0], cells[0]) if cells else Outputs(y, h_n, None, None)
 
 
+def _reference_of_padded(
+    cell: str, x: Tensor, mask: Mask, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
+) -> Outputs:
+    """The same by way of segments, which waits for the values of the mask."""
+    count, batch = x.shape[:2]
+    found = segments.on(x.device, segments.of_padded(mask.lengths, mask.reset, count, batch, batch_first=False))
+    directions = len(weights) // 4
+    first = [None if s is None else segments.initial_states(found, directions, s) for s in (h0, c0)]
+    rows = segments.gather(found, x.flatten(0, 1))
+    y, h_n, c_n, cells = reference_layer(cell, rows, found.batch_sizes, first[0], first[1], weights)
+
+    def padded(t: Tensor | None) -> Tensor | None:
+        return None if t is None else segments.scatter(found, t, count * batch).view(count, batch, -1)
+
+    def of_sequences(s: Tensor | None, before: Tensor | None) -> Tensor | None:
+        return None if s is None else segments.final_states(found, s, before, directions)
+
+    output, final = padded(y), of_sequences(h_n, h0)
+    assert output is not None
+    assert final is not None
+    return Outputs(output, final, of_sequences(c_n, c0), padded(cells))
+
+
+@without_autocast
 def differentiable_backward(
     cell: str,
     needs: Sequence[bool],
     x: Tensor,
-    batch_sizes: Tensor | None,
+    batch_sizes: Steps,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
@@ -205,7 +236,7 @@ def _backward_inside_transforms(
     cell: str,
     needs: Sequence[bool],
     x: Tensor,
-    batch_sizes: Tensor | None,
+    batch_sizes: Steps,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
@@ -238,11 +269,12 @@ def _named_anew(t: Tensor, need: bool) -> Tensor:
     return alias.detach().requires_grad_() if need and not alias.requires_grad else alias
 
 
+@without_autocast
 def second_backward(
     cell: str,
     needs: Sequence[bool],
     operands: Sequence[Tensor | None],
-    batch_sizes: Tensor | None,
+    batch_sizes: Steps,
     upstream: Upstream,
     grads: Sequence[Tensor | None],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -286,7 +318,7 @@ def differentiable(*tensors: Tensor | None) -> bool:
 def layer(
     cell: str,
     x: Tensor,
-    batch_sizes: Tensor | None,
+    batch_sizes: Steps,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],

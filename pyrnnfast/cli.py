@@ -4,7 +4,15 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; without the packages that it needs, say which to install and exit with status 2."""
+    """Run the command line; without the packages that it needs, say which to install and exit with status 2.
+
+    ``pyrnnfast info`` needs none of them.
+    """
+    if sys.argv[1:] == ["info"]:
+        from .about import info
+
+        print(info())
+        return
     from .seq2seq.extras import MissingExtraError
 
     try:

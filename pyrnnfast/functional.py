@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cpu, amp, layers, obstacles, segments, transforms
+from . import _cpu, amp, cuda, layers, obstacles, segments, transforms
+from .choices import Problem
 from .layers import NO_EXTRAS, Extras
 from .obstacles import PLAIN, Spec
 
@@ -55,12 +56,22 @@ def call(
         return layers.run_jagged(spec, input, hx, extras, lambda x, first: call(spec, x, first, weights, otherwise))
     if extras and layers.is_empty_batch(spec, input):
         extras = NO_EXTRAS  # no sequence has a length
-    autocast = torch.is_autocast_enabled("cpu")
+    device = _device_type(weights)
+    autocast = torch.is_autocast_enabled(device)
     asked = obstacles.form(input)
-    if asked == "transforms" and isinstance(input, PackedSequence):
-        input = PackedSequence(input.data, segments.unwrapped(input.batch_sizes), *input[2:])
-    operands = amp.narrowed(input, hx, weights) if autocast else (input, hx, weights)
-    reason = obstacles.obstacle(spec, asked, *operands)
+    input = _readable(asked, input)
+    reason = None
+    # First, so that a call which torch takes does not wait for what ours would ask.
+    if device == "cuda" and obstacles.recording_obstacle() is None:
+        choice = _choice(spec, asked, input, hx, weights, extras)
+        if not (choice.ours or choice.path == "reference"):
+            obstacles.check_packed(spec, asked, input)
+            reason = choice.reason
+    operands = (input, hx, weights)
+    if reason is None:
+        if autocast:
+            operands = amp.narrowed(device, spec, *operands)
+        reason = obstacles.obstacle(spec, asked, *operands)
     if reason is not None:
         if extras or spec.cell_states:
             raise ValueError(f"lengths, reset and cell_states are for our kernels alone, but {reason}")
@@ -68,24 +79,87 @@ def call(
         return otherwise(input, hx)
     if not autocast:
         return layers.run(spec, asked, *operands, extras)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(device, enabled=False):
         found = layers.run(spec, asked, *operands, extras)
-    return amp.results(spec, input, hx, found)
+    return amp.results(device, spec, input, hx, found)
 
 
-def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[str, str]:
-    """Which road :func:`call` would take, ``"fused"``, ``"reference"`` or ``"torch"``, and why."""
+def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], extras: Extras = NO_EXTRAS) -> tuple[str, str]:
+    """Which road :func:`call` would take, as in :class:`pyrnnfast.Explanation`, and why."""
     if not spec.single_step and layers.is_jagged(input):
         input, hx, *_ = layers.pack_jagged(spec, input, hx)
-    autocast = torch.is_autocast_enabled("cpu")
-    operands = amp.narrowed(input, hx, weights) if autocast else (input, hx, weights)
+    device = _device_type(weights)
+    autocast = torch.is_autocast_enabled(device)
     asked = obstacles.form(input)
+    input = _readable(asked, input)
+    operands = amp.narrowed(device, spec, input, hx, weights) if autocast else (input, hx, weights)
     reason = obstacles.obstacle(spec, asked, *operands)
     if reason is not None:
         return "torch", reason
+    if device == "cuda":
+        choice = _choice(spec, asked, input, hx, weights, extras)
+        return choice.path, f"served by pyrnnfast._cuda: {choice.reason}" if choice.ours else choice.reason
     if asked == "transforms" and not transforms.on_kernels(isinstance(input, PackedSequence)):
         return "reference", "derivatives that the kernels do not have"
     return "fused", "served by pyrnnfast._cpu"
+
+
+def _readable(asked: str, input: Any) -> Any:
+    """The same with batch sizes that no transform wraps."""
+    if asked == "transforms" and isinstance(input, PackedSequence):
+        return PackedSequence(input.data, segments.unwrapped(input.batch_sizes), *input[2:])
+    return input
+
+
+def _device_type(weights: Sequence[Any]) -> str:
+    """Whose autocast and whose kernels a call is for: "cuda" or "cpu"."""
+    first = weights[0] if weights else None
+    return "cuda" if isinstance(first, Tensor) and cuda.takes(first) else "cpu"
+
+
+def _choice(spec: Spec, asked: str, input: Any, hx: Any, weights: Sequence[Tensor], extras: Extras) -> cuda.Choice:
+    """Of a call with CUDA tensors, which may be wrong in any way yet: ours, the reference, or torch's."""
+    ours_alone = "lengths or reset" if extras else "cell_states" if spec.cell_states else None
+    packed = isinstance(input, PackedSequence)
+    if asked == "transforms" and not transforms.on_kernels(packed):
+        return cuda.Choice("reference", "derivatives that the kernels do not have")
+    if spec.single_step and cuda.asked() is None:
+        # A graph has them operator by operator, and fuses them; elsewhere torch has kernels of its own.
+        return cuda.Choice("torch", "a step by ours was not measured against torch's own")
+    if asked == "transforms" or torch.compiler.is_compiling():
+        return cuda.choose_for_graph(weights[0], ours_alone)
+    return cuda.choose(weights[0], lambda: _problem(spec, input, hx, weights), ours_alone)
+
+
+def _problem(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> Problem | None:
+    """What of a call its speed follows from; None where it is not even a call."""
+    packed = isinstance(input, PackedSequence) and not spec.single_step
+    data = input.data if packed else input
+    if not isinstance(data, Tensor) or data.dim() > 3 or data.numel() == 0:
+        return None
+    if packed:
+        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+    else:
+        unbatched = data.dim() == (1 if spec.single_step else 2)
+        sizes = [1] * spec.single_step + list(data.shape[:-1]) + [1] * unbatched
+        if len(sizes) != 2:
+            return None
+        batch, steps = sizes if spec.batch_first and not unbatched else reversed(sizes)
+    dtype = amp.dtype_for("cuda", spec) if torch.is_autocast_enabled("cuda") else data.dtype
+    tensors = (data, *(hx if isinstance(hx, (tuple, list)) else (hx,)), *weights)
+    return Problem(
+        spec.cell,
+        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors),
+        cuda.dtype_name(dtype),
+        dtype is torch.float32 and cuda.tf32(),
+        steps,
+        batch,
+        data.shape[-1],
+        spec.hidden_size,
+        bidirectional=spec.bidirectional,
+        packed=packed,
+        layers=spec.num_layers,
+    )
 
 
 _STOCK_LAYERS: dict[str, Callable[..., torch.nn.Module]] = {
@@ -136,7 +210,8 @@ class Options(TypedDict, total=False):
     bidirectional: bool
     lengths: Tensor | None
     """[B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are real. Padding
-    is never read; outputs there are zero, and the final states are those after the last real step."""
+    is never read; outputs there are zero, and the final states are those after the last real step. On CUDA nobody waits
+    for their values, but under torch.compile and torch.func, and those beyond 0 … T are taken for the nearest."""
     reset: Tensor | None
     """[T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the start of an
     episode or of a document. Backward in time, it is cleared between the same two steps."""

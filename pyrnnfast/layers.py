@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import autograd, ops, segments, transforms
+from . import autograd, cuda, ops, segments, transforms
 from .obstacles import Hidden, Spec, state_shape
+from .passes import Mask, Steps
 
 _LAYERS = {"eager": autograd.layer, "operators": ops.layer, "transforms": transforms.layer}
 
@@ -67,6 +68,8 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
         own = Extras(*(None if t is None else t.unsqueeze(-1) for t in extras))
         output, states, *cells = run(batched, asked, input.unsqueeze(1), _map(hx, Tensor.unsqueeze, 1), weights, own)
         return output.squeeze(1), _map(states, Tensor.squeeze, 1), *(t.squeeze(1) for t in cells)
+    if extras and asked == "eager" and cuda.takes(input):
+        return _run_masked(spec, input, hx, weights, extras)
     if extras and not (asked == "eager" and _is_plain(extras, input.shape[1 if spec.batch_first else 0])):
         return _run_segments(spec, asked, input, hx, weights, extras)
     dense = _run_layers(spec, asked, input.transpose(0, 1) if spec.batch_first else input, None, hx, weights)
@@ -109,10 +112,14 @@ def _is_plain(extras: Extras, steps: int) -> bool:
 
 
 def _run_segments(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Sequence[Tensor], extras: Extras) -> Any:
-    """Padded input with lengths or resets: packed, run, and put back."""
+    """Padded input with lengths or resets: packed, run, and put back.
+
+    The segments are cut on the CPU. What stands in a CUDA tensor of lengths or resets has to come there first, which
+    waits for all that the stream still has to do: so it is under torch.compile and torch.func.
+    """
     steps, batch = (input.shape[1], input.shape[0]) if spec.batch_first else input.shape[:2]
     cut = ops.segments if asked == "operators" else segments.of_padded
-    found = cut(extras.lengths, extras.reset, steps, batch, spec.batch_first)
+    found = segments.on(input.device, cut(extras.lengths, extras.reset, steps, batch, spec.batch_first))
     packed, first = _packed(found, input.reshape(-1, input.shape[-1]), hx, spec.directions)
     run = _run_layers(spec, asked, packed.data, packed.batch_sizes, first, weights)
     output, cells = (
@@ -120,6 +127,23 @@ def _run_segments(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Se
         for t in (run.output, run.cells)
     )
     return _as_torch_has_it(output, _final_states(found, run.states, hx, spec.directions), cells)
+
+
+def _run_masked(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor], extras: Extras) -> Any:
+    """The same on CUDA, where kernels look at lengths and resets as they go, and nobody waits for their values."""
+    x = input.transpose(0, 1) if spec.batch_first else input
+    lengths, reset = extras
+    if lengths is not None and lengths.is_cpu and ((lengths < 0) | (lengths > x.shape[0])).any():
+        segments.complain_of_lengths(x.shape[0])
+    own = Mask(
+        None if lengths is None else lengths.to(x.device, torch.int64, non_blocking=True).contiguous(),
+        None if reset is None else (reset.t() if spec.batch_first else reset).to(x.device, non_blocking=True),
+    )
+    found = _run_layers(spec, "eager", x, own, hx, weights)
+    output, cells = (
+        t.transpose(0, 1) if spec.batch_first and t is not None else t for t in (found.output, found.cells)
+    )
+    return _as_torch_has_it(output, found.states, cells)
 
 
 def is_empty_batch(spec: Spec, input: Any) -> bool:
@@ -188,16 +212,8 @@ def pack_jagged(spec: Spec, input: Any, hx: Any) -> tuple[PackedSequence, Any, s
 
 def _packed(found: segments.Segments, data: Tensor, hx: Any, directions: int) -> tuple[PackedSequence, Any]:
     """Segments of ``data`` [rows, I] and their initial states, for sequences with ``hx``."""
-    rows = data.index_select(0, found.places)
-    if torch.compiler.is_compiling():
-        rows = rows.where(found.any_steps.any(), rows.new_zeros(()))
-        first = _map(hx, functools.partial(segments.initial_states, found, directions))
-    elif len(rows):
-        first = _map(hx, functools.partial(segments.initial_states, found, directions))
-    else:  # all sequences are empty, but results are functions of the operands all the same
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
-        first = _map(hx, lambda state: state.new_zeros(len(state), 1, state.shape[2]))
-    return PackedSequence(rows, found.batch_sizes), first
+    first = _map(hx, functools.partial(segments.initial_states, found, directions))
+    return PackedSequence(segments.gather(found, data), found.batch_sizes), first
 
 
 def _final_states(found: segments.Segments, states: Any, hx: Any, directions: int) -> Any:
@@ -220,11 +236,9 @@ def _permuted(states: Any, indices: Tensor | None) -> Any:
     return states if indices is None else _map(states, Tensor.index_select, 1, indices)
 
 
-def _run_layers(
-    spec: Spec, asked: str, x: Tensor, batch_sizes: Tensor | None, hx: Hidden, weights: Sequence[Tensor]
-) -> _Found:
+def _run_layers(spec: Spec, asked: str, x: Tensor, batch_sizes: Steps, hx: Hidden, weights: Sequence[Tensor]) -> _Found:
     """Args: x: [T, B, I], or [N, I] when packed; hx: [layers·D, B, H] each."""
-    run_layer = _LAYERS[asked]
+    run_layer: Callable[..., autograd.Outputs] = _LAYERS[asked]
     h0, c0 = (hx, None) if hx is None or isinstance(hx, Tensor) else hx
     given: list[Tensor | None] = list(weights)
     if not spec.bias:

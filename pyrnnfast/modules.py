@@ -120,7 +120,9 @@ class _Layers(_Ours, torch.nn.RNNBase):
                 [B, j, I] of the layout ``torch.jagged``, which the output then is, too
             hx: [num_layers·D, B, H] (without B when unbatched), a pair of them for the LSTM; None: zeros
             lengths: [B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are
-                real. Padding is never read; outputs there are zero, and final states are those after the last real step
+                real. Padding is never read; outputs there are zero, and final states are those after the last real
+                step. On CUDA nobody waits for their values, but under torch.compile and torch.func, and those beyond
+                0 … T are taken for the nearest
             reset: [T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the
                 start of an episode or of a document
 
@@ -290,8 +292,14 @@ class LSTMCell(_Cells, torch.nn.LSTMCell):
 class Explanation(NamedTuple):
     """Which road a call takes, and why.
 
-    ``path`` is ``"fused"`` (our kernels), ``"reference"`` (torch's operators, step by step, for derivatives that the
-    kernels do not have) or ``"torch"`` (the module of torch.nn).
+    ``path`` is one of
+
+    - ``"fused"``: our kernels, on the CPU, or on CUDA with a matrix product and a fused kernel for each step
+    - ``"persistent"``: our kernels on CUDA, the whole sequence in one launch
+    - ``"cudnn"``: the module of torch.nn, by choice: our kernels might serve the call, but were not measured to be
+      faster there, or are not built
+    - ``"reference"``: torch's operators, step by step, for derivatives that the kernels do not have
+    - ``"torch"``: the module of torch.nn
     """
 
     path: str
@@ -301,8 +309,8 @@ class Explanation(NamedTuple):
         return f"{self.path}: {self.reason}"
 
 
-def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
-    """Tells, without running it, how ``module(input, hx)`` would be run, and why.
+def explain(module: torch.nn.Module, input: Any, hx: Any = None, **given: Unpack[ExtraInputs]) -> Explanation:
+    """Tells, without running it, how ``module(input, hx, **given)`` would be run, and why.
 
     Args:
         module: a recurrent module, ours or torch's; parametrized weights are computed, as a call would
@@ -312,7 +320,7 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         ValueError: the ``batch_sizes`` of packed input do not describe its data.
     """
     if isinstance(module, (_Layers, _Cells)):
-        return Explanation(*functional.explain(module._spec(), input, hx, module._weights()))
+        return Explanation(*functional.explain(module._spec(), input, hx, module._weights(), _extras(given)))
     if isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         return Explanation("torch", f"{type(module).__name__} is torch's own; pyrnnfast.replace(model) swaps it")
     raise TypeError(f"explain takes a recurrent module, got {type(module).__name__}")

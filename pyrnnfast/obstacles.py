@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cpu, passes
+from . import _cpu, cuda, passes
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
 """``h0``, or ``(h0, c0)`` for the LSTM, each [layers·D, B, H], or [layers·D, H] unbatched; None: zeros."""
@@ -17,7 +17,7 @@ Hidden = Tensor | tuple[Tensor, Tensor] | None
 PLAIN = (Tensor, torch.nn.Parameter)
 """The types of tensors that a kernel may read."""
 
-_SERVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_SERVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # on the CPU
 
 
 class Spec(NamedTuple):
@@ -67,7 +67,7 @@ def _tensor_obstacle(name: str, tensor: Any, like: Tensor) -> str | None:
     """Why a kernel cannot read a tensor beside another one."""
     if type(tensor) not in PLAIN and not torch.compiler.is_compiling():  # which has types of its own
         return f"{name} is {'a' if isinstance(tensor, Tensor) else 'no tensor but a'} {type(tensor).__name__}"
-    if not (tensor.is_cpu or tensor.is_meta) or tensor.device != like.device:
+    if not (tensor.is_cpu or tensor.is_meta or cuda.takes(tensor)) or tensor.device != like.device:
         return f"{name} is on {tensor.device}"
     if tensor.dtype is not like.dtype:
         return f"{name} is {tensor.dtype}, where {like.dtype} is the dtype of the weights"
@@ -76,6 +76,13 @@ def _tensor_obstacle(name: str, tensor: Any, like: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return None
     return f"{name} is a lazily negated view" if tensor.is_neg() else None
+
+
+def _without_memory(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> bool:
+    """Whether a transform of torch.func wraps one of the tensors, which are served but for that."""
+    data = input.data if isinstance(input, PackedSequence) else input
+    tensors = (data, *(_states_of(spec, hx) or ()), *weights)
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
 def _shape_obstacle(name: str, tensor: Tensor, expected: tuple[int, ...]) -> str | None:
@@ -87,8 +94,9 @@ def _shape_obstacle(name: str, tensor: Tensor, expected: tuple[int, ...]) -> str
 def _weights_obstacle(spec: Spec, weights: Sequence[Any]) -> str | None:
     if not weights or not isinstance(weights[0], Tensor):
         return "there are no weights"
-    if weights[0].dtype not in _SERVED_DTYPES:
-        return f"the kernels serve float32, float64 and bfloat16, not {weights[0].dtype}"
+    served = cuda.DTYPES if cuda.takes(weights[0]) else _SERVED_DTYPES
+    if weights[0].dtype not in served:
+        return f"the kernels serve {', '.join(map(cuda.dtype_name, served))}, not {weights[0].dtype}"
     for weight in weights:
         reason = _tensor_obstacle("a weight", weight, weights[0])
         if reason is not None:
@@ -206,8 +214,8 @@ def obstacle(
     reason = recording_obstacle()
     if reason is not None:
         return reason
-    if isinstance(input, PackedSequence) and not spec.single_step and asked != "operators":
-        _cpu.check_batch_sizes(input.batch_sizes, input.data.shape[0])
+    if isinstance(input, PackedSequence):
+        check_packed(spec, asked, input)
     if spec.cell not in passes.CELLS:
         return f"there is no kernel for the cell {spec.cell!r}"
     if spec.proj_size:
@@ -216,7 +224,16 @@ def obstacle(
         return _operands_obstacle(spec, input, hx, weights)
     if _agree(spec, input, hx, weights):
         return None
-    return _operands_obstacle(spec, input, hx, weights) or "an operand has no memory of its own"
+    reason = _operands_obstacle(spec, input, hx, weights)
+    if reason is None and cuda.takes(weights[0]) and not _without_memory(spec, input, hx, weights):
+        return None
+    return reason or "an operand has no memory of its own"
+
+
+def check_packed(spec: Spec, asked: str, input: Any) -> None:
+    """Raises ValueError where the ``batch_sizes`` of packed input do not describe its data."""
+    if isinstance(input, PackedSequence) and not spec.single_step and asked != "operators":
+        _cpu.check_batch_sizes(input.batch_sizes, input.data.shape[0])
 
 
 def state_shape(spec: Spec, input: Tensor | PackedSequence) -> tuple[int, ...]:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import Outputs, differentiable, second_backward, without_autocast
+from .autograd import Outputs, differentiable, second_backward
 from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
 from .segments import Segments, of_padded
+
+# On CUDA by whatever form of a pass cuda.py finds best; where `_cuda` is missing, the operators raise.
+_DEVICES = ("CPU", "CUDA")
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -61,7 +64,7 @@ def _kept(cell: str, gates: Tensor, cells: Tensor, weights: Sequence[Tensor | No
     return side_by_side(gates if CELLS[cell].saved else None, cells if CELLS[cell].has_cell else None, weights)
 
 
-@torch.library.impl("pyrnnfast::layer", "CPU")
+@torch.library.impl("pyrnnfast::layer", _DEVICES)
 def _layer(
     cell: str,
     x: Tensor,
@@ -115,7 +118,7 @@ def _fake_layer(
     return x.new_empty(*x.shape[:-1], directions * hidden), h_n, c_n, *_room(cell, x, given, keep, cell_states)
 
 
-@torch.library.impl("pyrnnfast::layer_backward", "CPU")
+@torch.library.impl("pyrnnfast::layer_backward", _DEVICES)
 def _layer_backward(
     cell: str,
     needs: Sequence[bool],
@@ -223,7 +226,6 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
     ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, *grads)
 
 
-@without_autocast
 def _backward_of_backward(ctx: Any, grad: list[Tensor | None]) -> tuple[Any, ...]:
     x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
     weights, upstream = _with_biases(rest[: ctx.count], ctx.directions), Upstream(*rest[ctx.count :])
@@ -260,7 +262,8 @@ def layer(
     return Outputs(y, h_n, c_n, cells if cell_states else None)
 
 
-# How many rows, steps and segments there are follows from values.
+# How many rows, steps and segments there are follows from values. Wherever those come from, they are read, and what is
+# made of them is made, on the CPU.
 torch.library.define(
     "pyrnnfast::segments",
     "(Tensor? lengths, Tensor? reset, SymInt steps, SymInt batch, bool batch_first)"
@@ -269,7 +272,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("pyrnnfast::segments", "CPU")
+@torch.library.impl("pyrnnfast::segments", _DEVICES)
 def _segments(
     lengths: Tensor | None, reset: Tensor | None, steps: int, batch: int, batch_first: bool
 ) -> tuple[Tensor, ...]:
@@ -292,7 +295,8 @@ def _fake_segments(
     like = reset if lengths is None else lengths
     assert like is not None
     return tuple(
-        like.new_empty((n,), dtype=torch.bool if mask else torch.int64) for n, mask in zip(sizes, masks, strict=True)
+        like.new_empty((n,), dtype=torch.bool if mask else torch.int64, device="cpu")
+        for n, mask in zip(sizes, masks, strict=True)
     )
 
 

@@ -1,21 +1,35 @@
 """One recurrent layer, forward and back through time: the kernels' operands and results.
 
-All arithmetic of a pass, products included, happens in one call of ``_cpu``. Here is what surrounds it: memory for the
-results, and rows that are contiguous. Written once for all cells, layers and single steps.
+All arithmetic of a pass, products included, happens in one call of ``_cpu``, or of ``_cuda`` by way of cuda.py. Here is
+what surrounds it: memory for the results, and rows that are contiguous. Written once for all cells, layers and single
+steps.
 
 Notation as in :mod:`pyrnnfast.reference`. Data are [T, B, features], [N, features] when packed, or [B, features] for a
 single step, whose states then are [B, H] instead of [D, B, H].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _cpu
+from . import _cpu, cuda
 
 Tensors = tuple[Tensor | None, ...]
+
+
+class Mask(NamedTuple):
+    """Which steps of padded data are real, on a CUDA device, where nobody waits for it to know their values."""
+
+    lengths: Tensor | None
+    """[B], int64: how many steps each sequence has; beyond 0 … T as near."""
+    reset: Tensor | None
+    """[T, B], bool: whether its state is cleared before a step."""
+
+
+Steps = Tensor | Mask | None
+"""Which steps sequences have: ``batch_sizes`` of packed data, a mask of padded data, or all of dense data."""
 
 
 class Cell(NamedTuple):
@@ -62,7 +76,7 @@ class Results(NamedTuple):
 def forward(
     cell: str,
     x: Tensor,
-    batch_sizes: Tensor | None,
+    batch_sizes: Steps,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
@@ -72,13 +86,13 @@ def forward(
 
     Args:
         x: [T, B, I], or [N, I] when packed
-        batch_sizes: of packed data, int64 [T] on the CPU
+        batch_sizes: of packed data, int64 [T] on the CPU; or, on CUDA, a mask of padded data
         h0, c0: [D, B, H] or None
         weights: weight_ih, weight_hh, bias_ih, bias_hh of each direction
         kept: room for what backward needs, see :func:`room_to_keep`; (): there will be none
     """
     directions, hidden = sizes(weights)
-    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    batch = int(batch_sizes[0]) if isinstance(batch_sizes, Tensor) else x.shape[1]
     y = x.new_empty(*x.shape[:-1], directions * hidden)
     h_n = x.new_empty(directions, batch, hidden)
     return Results(y, h_n, _forward(cell, x, batch_sizes, h0, c0, weights, y, h_n, kept), kept)
@@ -103,7 +117,7 @@ def sizes(weights: Sequence[Tensor | None]) -> tuple[int, int]:
 def _forward(
     name: str,
     x: Tensor,
-    batch_sizes: Tensor | None,
+    batch_sizes: Steps,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
@@ -113,9 +127,10 @@ def _forward(
 ) -> Tensor | None:
     """Returns c_n."""
     c_n = torch.empty_like(h_n) if CELLS[name].has_cell else None
-    _cpu.forward(
+    run: Callable[..., None] = cuda.forward if cuda.takes(x) else _cpu.forward
+    run(
         name,
-        _rows(x),  # type: ignore[arg-type]
+        _rows(x),
         _rows(h0),
         _rows(c0),
         tuple([_rows(w) for w in weights]),
@@ -131,7 +146,7 @@ def _forward(
 
 def cells_dtype(x: Tensor) -> torch.dtype:
     """The cell state stays in float32 where the data are narrower."""
-    return torch.float32 if x.dtype is torch.bfloat16 else x.dtype
+    return torch.float32 if x.dtype is torch.bfloat16 or x.dtype is torch.float16 else x.dtype
 
 
 def room_to_keep(name: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensors:
@@ -197,7 +212,7 @@ def backward(
     cell: str,
     needs: Sequence[bool],
     x: Tensor,
-    batch_sizes: Tensor | None,
+    batch_sizes: Steps,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
@@ -217,13 +232,14 @@ def backward(
         torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else None
         for t, need in zip((x, h0, c0, *weights), needs, strict=True)
     ]
-    _cpu.backward(
+    run: Callable[..., None] = cuda.backward if cuda.takes(x) else _cpu.backward
+    run(
         cell,
-        _rows(x),  # type: ignore[arg-type]
+        _rows(x),
         _rows(h0),
         _rows(c0),
         tuple([_rows(w) for w in weights]),
-        _rows(y),  # type: ignore[arg-type]
+        _rows(y),
         tuple([_columns_together(k) for k in kept]),
         _gradient(grads.y),
         _gradient(grads.h_n),

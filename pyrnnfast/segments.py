@@ -4,7 +4,7 @@ A reset clears the state before a step, so it begins a sequence of its own: a ba
 set of segments, which are sorted by length and packed. Padding is never read, and segments run side by side.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -25,6 +25,14 @@ class Segments(NamedTuple):
     first: Tensor  # [B]: the first segment of each sequence, 0 where it has none
     last: Tensor  # [B]
     any_steps: Tensor  # [B], bool: whether a sequence has any
+
+
+def on(device: torch.device, found: Segments) -> Segments:
+    """The same where the data are, but for the batch sizes: those stay on the CPU, as in a ``PackedSequence``."""
+    if device.type == "cpu":
+        return found
+    moved = {name: t.to(device, non_blocking=True) for name, t in found._asdict().items() if name != "batch_sizes"}
+    return found._replace(**moved)
 
 
 def values(t: Tensor) -> NDArray[Any]:
@@ -54,6 +62,10 @@ def integers(t: Tensor) -> Integers:
     return values(t).astype(np.int64)
 
 
+def complain_of_lengths(steps: int) -> NoReturn:
+    raise ValueError(f"lengths must be from 0 to {steps}, the number of steps of the input")
+
+
 def of_padded(lengths: Tensor | None, reset: Tensor | None, steps: int, batch: int, batch_first: bool) -> Segments:
     """The segments of a padded batch.
 
@@ -66,7 +78,7 @@ def of_padded(lengths: Tensor | None, reset: Tensor | None, steps: int, batch: i
     """
     length = np.full(batch, steps) if lengths is None else integers(lengths)
     if ((length < 0) | (length > steps)).any():
-        raise ValueError(f"lengths must be from 0 to {steps}, the number of steps of the input")
+        complain_of_lengths(steps)
     begin = np.arange(batch) * (steps if batch_first else 1)
     time_major = None if reset is None else values(reset.t() if batch_first else reset)
     return segments(length, time_major, begin, 1 if batch_first else batch)
@@ -116,12 +128,23 @@ def segments(length: Integers, reset: NDArray[np.bool_] | None, begin: Integers,
         return Segments(*(torch.from_numpy(np.ascontiguousarray(a)) for a in found))
 
 
+def gather(found: Segments, data: Tensor) -> Tensor:
+    """The packed rows of ``data`` [rows, features]; one of zeros where there is none, as the kernels want one, and
+    results are functions of the operands all the same."""
+    rows = data.index_select(0, found.places)
+    if torch.compiler.is_compiling():
+        return rows.where(found.any_steps.any(), rows.new_zeros(()))
+    return rows if len(rows) else torch.nn.functional.pad(rows, (0, 0, 0, 1))
+
+
 def initial_states(found: Segments, directions: int, state: Tensor) -> Tensor:
-    """The states before the first step of each segment [layers·D, S, H].
+    """The states before the first step of each segment [layers·D, S, H]; zeros of a row as in :func:`gather`.
 
     Args:
         state: of the sequences, [layers·D, B, H]
     """
+    if not torch.compiler.is_compiling() and len(found.sequence) == 0:
+        return state.new_zeros(len(state), 1, state.shape[2])
     own = state.index_select(1, found.sequence)
     mask = torch.stack([found.from_start, found.from_end][:directions]).repeat(len(state) // directions, 1)
     return own.where(mask.unsqueeze(-1), own.new_zeros(()))

@@ -199,7 +199,7 @@ def _weight_gradients(
 
 def _outer_products(a: Tensor, b: Tensor) -> Tensor:
     """Of each sample the sum over its rows of their outer products: [S, K, M] and [S, K, N] give [S, M, N]."""
-    if a.dtype is torch.bfloat16 or differentiable(a, b):
+    if not a.is_cpu or a.dtype not in (torch.float32, torch.float64) or differentiable(a, b):
         return a.mT @ b
     out = a.new_empty(len(a), a.shape[2], b.shape[2])
     _cpu.outer_products(a, b, out, torch.get_num_threads())

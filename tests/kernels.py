@@ -76,7 +76,7 @@ def forward_operands(cell: str, layer: Layer, dtype: torch.dtype, threads: int =
     def out(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.full(shape, float("nan"), dtype=dtype)
 
-    cells_dtype = torch.float32 if dtype is torch.bfloat16 else dtype
+    cells_dtype = torch.float32 if dtype.itemsize == 2 else dtype
     weights: tuple[Tensor, ...] = ()
     kept: tuple[Tensor | None, ...] = ()
     for _ in range(layer.directions):

@@ -26,7 +26,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 # The API reference ---------------------------------------------------------------------------------------------------
 
 NAMES = {
-    "pyrnnfast": [name for name in pyrnnfast.__all__ if name not in ("functional", "reference", "tbptt")],
+    "pyrnnfast": [name for name in pyrnnfast.__all__ if name not in ("cuda", "functional", "reference", "tbptt")],
+    "pyrnnfast/cuda": ["use"],
     "pyrnnfast/functional": ["rnn", "gru", "lstm", "rnn_cell", "gru_cell", "lstm_cell", "Options", "Options.lengths"],
     "pyrnnfast/reference": [*reference.STEPS, "layer", "stack"],
     "pyrnnfast/tbptt": ["carry"],

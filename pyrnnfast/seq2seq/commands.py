@@ -132,3 +132,11 @@ def translate(
             print(f"{word}  {' '.join(translation.symbols)}")
         if len(known) < len(words):
             raise typer.Exit(1)
+
+
+@app.command()
+def info() -> None:
+    """Tell what was built, what runs, and what of it has run on a real card."""
+    from .. import info
+
+    print(info())  # as `pyrnnfast info` does where the packages for the other commands are missing

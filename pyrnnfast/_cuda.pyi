@@ -1,0 +1,56 @@
+from typing import Any
+
+from torch import Tensor
+
+Tensors = tuple[Tensor | None, ...]
+
+def forward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Tensors,
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor | None,
+    kept: Tensors,
+    batch_sizes: Tensor | Tensors | None,
+    form: str,
+    tf32: bool,
+) -> None: ...
+def backward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Tensors,
+    y: Tensor,
+    kept: Tensors,
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
+    dx: Tensor | None,
+    dh0: Tensor | None,
+    dc0: Tensor | None,
+    dweights: Tensors,
+    dgates: Tensor | None,
+    batch_sizes: Tensor | Tensors | None,
+    form: str,
+    tf32: bool,
+) -> None: ...
+def plan(
+    device: dict[str, Any],
+    backward: bool,
+    cell: str,
+    dtype: str,
+    steps: int,
+    batch: int,
+    inputs: int,
+    hidden: int,
+    directions: int,
+    tf32: bool,
+) -> dict[str, Any]: ...
+def devices() -> tuple[dict[str, Any], ...]: ...
+def architectures() -> str: ...
+def toolkit() -> str: ...

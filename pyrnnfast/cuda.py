@@ -1,0 +1,402 @@
+"""CUDA tensors: whether our kernels or torch's own layers take a call, and the way to the kernels in ``_cuda``.
+
+The choice is automatic. Ours run where a record from a real card says that they are faster than cuDNN near the shape of
+the call (the table and its format: :mod:`pyrnnfast.choices`); everywhere else torch's layers do, as without us. What
+those do not have, ``lengths``, ``reset`` and ``cell_states``, runs on ours wherever they are built. :func:`use`, or the
+environment variable ``PYRNNFAST_CUDA_PATH``, decides otherwise, and :func:`pyrnnfast.explain` tells what was decided.
+
+``_cuda`` is imported when a CUDA tensor comes for the first time. It may be missing from a build, and loads where there
+is no driver.
+
+Two functions are where the tests put a stand-in for a card: :func:`takes` says which tensors go this way, and
+:func:`load` what they find at its end.
+"""
+
+import functools
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import choices
+from .choices import FUSED, PERSISTENT, Problem, Table
+
+__all__ = ["use"]
+
+CUDNN = "cudnn"
+_PATHS = {"cudnn": CUDNN, "fused": FUSED, "step": FUSED, "persistent": PERSISTENT}
+_STEP_FORM = "step"  # what `_cuda` calls the path "fused"
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class Choice(NamedTuple):
+    """The road of a call, ``"fused"``, ``"persistent"``, ``"cudnn"`` or ``"torch"``, and why."""
+
+    path: str
+    reason: str
+
+    @property
+    def ours(self) -> bool:
+        return self.path in (FUSED, PERSISTENT)
+
+
+# The path that is asked for ---------------------------------------------------------------------------------------
+
+
+def _path(name: str, asked: str) -> str:
+    if asked not in _PATHS:
+        raise ValueError(f"{name} {asked!r}: one of {', '.join(sorted(_PATHS))} is expected")
+    return _PATHS[asked]
+
+
+_environment = os.environ.get("PYRNNFAST_CUDA_PATH", "")
+_asked: str | None = _path("PYRNNFAST_CUDA_PATH", _environment) if _environment else None
+
+
+@contextmanager
+def use(path: str | None) -> Iterator[None]:
+    """Has CUDA tensors take one path, instead of the one that is measured to be the fastest.
+
+    For the whole process, like the flags in ``torch.backends``: torch goes back through time on threads of its own. A
+    backward pass takes the path that is asked for when it runs.
+
+    Args:
+        path: ``"step"``, which may be called ``"fused"`` too: a matrix product and a fused kernel for each step, for
+            every problem; ``"persistent"``: the whole sequence in one launch, where there is a plan for that, and
+            ``"step"`` elsewhere; ``"cudnn"``: torch's own layers; None: no path, not even the environment's
+
+    Raises:
+        ValueError: there is no such path.
+    """
+    global _asked
+    before, _asked = _asked, None if path is None else _path("path", path)
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+# What there is ----------------------------------------------------------------------------------------------------
+
+
+class Loaded(NamedTuple):
+    """The kernels, and the devices that they could run on."""
+
+    module: Any = None
+    """With the functions of ``_cuda``; None: it is not there."""
+    architectures: str = ""
+    devices: tuple[dict[str, Any], ...] = ()
+    reason: str | None = None
+    """Why no device is served."""
+
+
+@functools.cache
+def load() -> Loaded:
+    """Imports ``_cuda``, the first time that it is asked."""
+    name = f"{__package__}._cuda"
+    try:
+        module: Any = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return Loaded(reason="this build of pyrnnfast has no CUDA kernels (built with PYRNNFAST_CUDA=on, it has)")
+    except ImportError as error:
+        return Loaded(reason=f"{name} cannot be loaded: {error}")
+    architectures = module.architectures()
+    try:
+        return Loaded(module, architectures, tuple(module.devices()))
+    except RuntimeError as error:
+        return Loaded(module, architectures, reason=f"no CUDA device: {error}")
+
+
+@functools.cache
+def table() -> Table:
+    """The measurements that this package brings along."""
+    return Table(choices.read(choices.FILE.read_text()))
+
+
+def capability(device: dict[str, Any]) -> str:
+    return f"{device['major']}.{device['minor']}"
+
+
+@functools.lru_cache(maxsize=64)
+def runs_on(architectures: str, major: int, minor: int) -> bool:
+    """Whether code compiled for ``architectures``, such as "80;90a;120+PTX", runs on a card.
+
+    Machine code runs on its own major version from its own minor one on, that of "90a" on nothing but 9.0, and PTX is
+    compiled for whatever is newer.
+    """
+    for digits, special, ptx in re.findall(r"(\d+)(a?)(\+PTX)?", architectures):
+        own, card = (int(digits[:-1]), int(digits[-1])), (major, minor)
+        if own == card or (not special and own < card and (own[0] == major or ptx)):
+            return True
+    return False
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether a tensor is one of those that this module is for."""
+    return tensor.is_cuda
+
+
+def _missing(index: int) -> str | None:
+    """Why our kernels cannot serve a device."""
+    loaded = load()
+    if loaded.reason is not None:
+        return loaded.reason
+    if index >= len(loaded.devices):
+        return f"the CUDA kernels see {len(loaded.devices)} devices, and cuda:{index} is not among them"
+    device = loaded.devices[index]
+    if not runs_on(loaded.architectures, device["major"], device["minor"]):
+        return (
+            f"the CUDA kernels are compiled for {loaded.architectures}, and {device['name']} has compute capability "
+            f"{capability(device)}"
+        )
+    return None
+
+
+def _capability(index: int) -> str:
+    return capability(load().devices[index])
+
+
+def _index(tensor: Tensor) -> int:
+    return tensor.device.index or 0
+
+
+# The choice -------------------------------------------------------------------------------------------------------
+
+
+def asked() -> str | None:
+    """The path that :func:`use` or the environment asks for."""
+    return _asked
+
+
+def choose(tensor: Tensor, problem: Callable[[], Problem | None], ours_alone: str | None) -> Choice:
+    """The road of an eager call.
+
+    Args:
+        tensor: one of its tensors, all of which are on one device
+        problem: gives what the call is, or None where torch is to say what is wrong with it; not called where nothing
+            follows from it, so that a call which torch takes anyway is not kept waiting
+        ours_alone: what is asked for that torch's layers do not have
+    """
+    index, path = _index(tensor), _asked
+    missing = _missing(index)
+    if missing is not None:
+        return _of_torch(missing)
+    if ours_alone is None:
+        if path == CUDNN:
+            return _of_torch("it is asked for")
+        if path is None and _capability(index) not in table().capabilities:
+            return _of_torch(f"our kernels have no record from a card of compute capability {_capability(index)}")
+    call = problem()
+    if call is None:
+        return Choice("torch", "the operands do not fit together")
+    if ours_alone is not None:
+        return _planned(index, call, f"torch's layers have no {ours_alone}")
+    if path is not None:
+        return _planned(index, call, "it is asked for")
+    verdict = table().verdict(_capability(index), call)
+    if verdict is None:
+        return _of_torch("no shape near this one was measured")
+    if not verdict.ours:
+        return _of_torch(f"it took {1 / verdict.ratio:.2f} of our time for {verdict.evidence}")
+    return _planned(index, call, f"cuDNN took {1 / verdict.ratio:.2f} times as long for {verdict.evidence}")
+
+
+def _of_torch(reason: str) -> Choice:
+    # Switched off, and torch does without it.
+    return Choice(CUDNN if torch.backends.cudnn.enabled else "torch", reason)
+
+
+def _planned(index: int, call: Problem, reason: str) -> Choice:
+    """Ours: in which form, layer by layer and pass by pass."""
+    directions = 2 if call.bidirectional else 1
+    inputs = [call.inputs] if call.layers == 1 else [call.inputs, directions * call.hidden]
+    layers = [call._replace(inputs=i, layers=1) for i in inputs]
+    forms = [_form(index, layer, back) for layer in layers for back in ((False, True) if call.training else (False,))]
+    by_steps = next((why for form, why in forms if form != PERSISTENT and why), None)
+    if all(form != PERSISTENT for form, _ in forms):
+        return Choice(FUSED, f"{reason}; a kernel for each step: {by_steps}" if by_steps else reason)
+    return Choice(PERSISTENT, f"{reason}; some passes with a kernel for each step: {by_steps}" if by_steps else reason)
+
+
+def _form(index: int, layer: Problem, back: bool) -> tuple[str, str]:
+    """``"step"`` or ``"persistent"`` for a pass of one layer; and, where that is not what is wanted, why."""
+    wanted = _asked
+    if wanted is None or wanted == CUDNN:
+        measured = table()
+        wanted = measured.form(_capability(index), layer) if measured.capabilities else None
+    if wanted != PERSISTENT:
+        return _STEP_FORM, ""
+    loaded = load()
+    return _plan(loaded.module, tuple(loaded.devices[index].items()), layer, back)
+
+
+@functools.lru_cache(maxsize=4096)  # it is asked before every pass
+def _plan(module: Any, device: tuple[tuple[str, Any], ...], layer: Problem, back: bool) -> tuple[str, str]:
+    found = module.plan(
+        dict(device),
+        back,
+        layer.cell,
+        layer.dtype,
+        *layer.shape,
+        2 if layer.bidirectional else 1,
+        layer.tf32,
+    )
+    return found["form"], "" if found["form"] == PERSISTENT else found["reason"]
+
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def _constant(function: _Function) -> _Function:
+    """Has Dynamo call a function while it traces, and keep the answer.
+
+    What ``torch.compiler.assume_constant_result`` does, without the import of the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def choose_for_graph(tensor: Tensor, ours_alone: str | None) -> Choice:
+    """The road of a call that torch.compile or torch.export records, or that torch.func transforms.
+
+    Its sizes are not known, and what torch would do instead is not cuDNN: a graph gets its layers step by step, one
+    graph for each T. So ours take it on every card that they have a record from, whatever the shape.
+    """
+    return Choice(*_for_graph(_index(tensor), _asked, ours_alone))
+
+
+@_constant
+def _for_graph(index: int, path: str | None, ours_alone: str | None) -> tuple[str, str]:
+    missing = _missing(index)
+    if missing is not None:
+        return "torch", missing
+    if ours_alone is not None:
+        return FUSED, f"torch's layers have no {ours_alone}"
+    if path is not None:
+        return ("torch" if path == CUDNN else path), "it is asked for"
+    if _capability(index) in table().capabilities:
+        return FUSED, "torch would record its own layers step by step"
+    return "torch", f"our kernels have no record from a card of compute capability {_capability(index)}"
+
+
+def tf32() -> bool:
+    """Whether torch's switches let cuDNN's recurrent layers multiply float32 as TF32.
+
+    ``torch.backends.cudnn.allow_tf32``, ``.rnn.fp32_precision``, ``.fp32_precision`` and
+    ``torch.backends.fp32_precision`` all end in this one value, which torch's own layers ask for (in C++,
+    ``allowTF32CuDNN(Float32Op::RNN)``); on unless somebody has switched it off.
+    """
+    precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    # NVIDIA's libraries obey it above all switches.
+    return precision == "tf32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The passes -------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor | None,
+    kept: Tensors,
+    batch_sizes: Tensor | Tensors | None,
+    threads: int,
+) -> None:
+    """``_cpu.forward`` for tensors on a CUDA device; ``threads`` is only there to make it so."""
+    loaded, (form, narrow) = load(), _pass(cell, x, weights, batch_sizes, training=bool(kept), back=False)
+    with _on_device_of(x):
+        loaded.module.forward(cell, x, h0, c0, weights, y, h_n, c_n, kept, batch_sizes, form, narrow)
+
+
+def backward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    y: Tensor,
+    kept: Tensors,
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
+    dx: Tensor | None,
+    dh0: Tensor | None,
+    dc0: Tensor | None,
+    dweights: Tensors,
+    dgates: Tensor | None,
+    batch_sizes: Tensor | Tensors | None,
+    threads: int,
+) -> None:
+    """``_cpu.backward`` likewise."""
+    loaded, (form, narrow) = load(), _pass(cell, x, weights, batch_sizes, training=True, back=True)
+    upstream = grad_y, grad_h_n, grad_c_n, grad_cells
+    with _on_device_of(x):
+        loaded.module.backward(
+            cell, x, h0, c0, weights, y, kept, *upstream, dx, dh0, dc0, dweights, dgates, batch_sizes, form, narrow
+        )
+
+
+def _pass(
+    cell: str,
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    batch_sizes: Tensor | Tensors | None,
+    training: bool,
+    back: bool,
+) -> tuple[str, bool]:
+    """The form of a pass, and whether it may use TF32.
+
+    Raises:
+        RuntimeError: there are no kernels for this device. Nobody comes here then but by calling the operators.
+    """
+    index = _index(x)
+    missing = _missing(index)
+    if missing is not None:
+        raise RuntimeError(f"pyrnnfast's kernels do not serve {x.device}: {missing}")
+    narrow = x.dtype is torch.float32 and tf32()
+    weight_hh = weights[1]
+    assert weight_hh is not None
+    # A mask of padded data leaves it what it is.
+    packed = isinstance(batch_sizes, Tensor)
+    steps = len(batch_sizes) if isinstance(batch_sizes, Tensor) else 1 if x.dim() == 2 else x.shape[0]
+    batch = int(batch_sizes[0]) if isinstance(batch_sizes, Tensor) else x.shape[-2]
+    layer = Problem(
+        cell,
+        training,
+        dtype_name(x.dtype),
+        narrow,
+        steps,
+        batch,
+        x.shape[-1],
+        weight_hh.shape[1],
+        bidirectional=len(weights) > 4,
+        packed=packed,
+    )
+    return _form(index, layer, back)[0], narrow
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """The kernels run on the current stream of the current device."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)

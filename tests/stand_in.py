@@ -1,0 +1,95 @@
+"""A stand-in for a CUDA device: CPU tensors go the way of CUDA tensors, to a module with the functions of ``_cuda``.
+
+`install` is the one place that knows where that way begins and ends: ``pyrnnfast.cuda.takes`` and ``.load``. The module
+may be ``_emulation``, which has the real kernels with blocks as threads, or `Fake` below, which has those of the CPU.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyrnnfast import _cpu, cuda
+from pyrnnfast.choices import Table
+from pyrnnfast.passes import Mask
+
+DEVICE = {
+    "name": "Fake 90",
+    "major": 9,
+    "minor": 0,
+    "multiprocessors": 132,
+    "shared_bytes": 232448,
+    "cooperative": True,
+}
+
+
+class Fake:
+    """``_cuda`` by the kernels of the CPU; it notes the form of every pass, and whether it was to use TF32."""
+
+    def __init__(self, persistent: bool = True) -> None:
+        self.persistent = persistent
+        """Whether there is a plan for the persistent form."""
+        self.passes: list[tuple[str, str, bool]] = []
+        self.planned: list[tuple[Any, ...]] = []
+        self.masks: list[Mask] = []
+        """Those of padded data, which it then computes like any other: the CPU's kernels know no masks."""
+
+    def forward(self, *operands: Any) -> None:
+        *own, form, tf32 = operands
+        self._note("forward", form, tf32)
+        self._by_cpu(_cpu.forward, self._without_mask(own))
+
+    def backward(self, *operands: Any) -> None:
+        *own, form, tf32 = operands
+        self._note("backward", form, tf32)
+        self._by_cpu(_cpu.backward, self._without_mask(own))
+
+    def plan(self, device: dict[str, Any], backward: bool, *problem: Any) -> dict[str, Any]:
+        assert device == DEVICE
+        self.planned.append((backward, *problem))
+        if self.persistent:
+            return {"form": "persistent", "reason": "it fits"}
+        return {"form": "step", "reason": "the weights do not fit"}
+
+    def toolkit(self) -> str:
+        return "13.0"
+
+    def _note(self, name: str, form: str, tf32: bool) -> None:
+        assert form in ("step", "persistent")
+        assert isinstance(tf32, bool)
+        self.passes.append((name, form, tf32))
+
+    def _without_mask(self, operands: list[Any]) -> list[Any]:
+        *others, steps = operands
+        if not isinstance(steps, Mask):
+            return operands
+        self.masks.append(steps)
+        return [*others, None]
+
+    @staticmethod
+    def _by_cpu(run: Any, operands: list[Any]) -> None:
+        """float16, which the CPU's kernels do not serve, in float32, and back."""
+        wide = torch.utils._pytree.tree_map(lambda t: t.float() if _is_half(t) else t, tuple(operands))
+        run(*wide, 1)
+        for narrow, t in zip(
+            torch.utils._pytree.tree_leaves(operands), torch.utils._pytree.tree_leaves(wide), strict=True
+        ):
+            if _is_half(narrow):
+                narrow.data.copy_(t)  # which autograd, like that of a kernel, does not see
+
+
+def _is_half(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.dtype is torch.float16
+
+
+def install(
+    monkeypatch: pytest.MonkeyPatch, module: Any, table: Table | None = None, reason: str | None = None
+) -> None:
+    """Until the end of the test. The shortest road of the CPU is closed, and nothing is measured but ``table``."""
+    loaded = cuda.Loaded(module, "80;90;120+PTX", (DEVICE,), reason)
+    measured = Table([]) if table is None else table
+    monkeypatch.setattr(cuda, "takes", lambda t: t.is_cpu)
+    monkeypatch.setattr(cuda, "load", lambda: loaded)
+    monkeypatch.setattr(cuda, "table", lambda: measured)
+    monkeypatch.setattr(_cpu, "infer", lambda *operands: None)
