@@ -2,6 +2,7 @@
 #   make demo         trains a model that pronounces English words, on our kernels, and shows it learn   (→ runs/demo)
 #   make test         linters, type checker, tests
 #   make cuda-check   compiles the CUDA kernels for all architectures, and tests what can be without a GPU
+#   make gpu-check    on a machine with a GPU: builds for it, tests, compute-sanitizer, benchmark  (ARGS="--stage tests")
 #   make bench        our layers against torch.nn's
 #   make docs         the API reference, from the docstrings   (→ docs/build/index.html)
 #   make format       formats everything
@@ -11,7 +12,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: demo test cuda-check bench docs format
+.PHONY: demo test cuda-check gpu-check bench docs format
 
 demo: .venv/.seq2seq
 	$(BIN)/pyrnnfast demo --out runs/demo
@@ -32,6 +33,10 @@ cuda-check: .venv/.dev
 	  -DCMAKE_CUDA_FLAGS=-Xptxas=-v
 	$(BIN)/cmake --build build/cuda-check --target _cuda _emulation
 	PYTHONPATH=build/cuda-check $(BIN)/python -m pytest tests/cuda_host
+
+# With the Python and the torch that are there: a machine with a GPU may have no network.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu.check $(ARGS)
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,0 +1,89 @@
+"""Every kernel once, on small sizes: what compute-sanitizer watches. Prints, as JSON, the calls that took each path.
+
+No more of torch runs than has to: operands are made on the CPU and copied. Nothing is compared: tests/gpu does that.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import pyrnnfast
+from pyrnnfast import cuda
+
+from .rows import KINDS, precision
+
+CELLS = {"rnn_tanh": pyrnnfast.RNN, "rnn_relu": pyrnnfast.RNN, "gru": pyrnnfast.GRU, "lstm": pyrnnfast.LSTM}
+
+
+class Call(NamedTuple):
+    inputs: int
+    hidden: int
+    lengths: tuple[int, ...]
+    """Of the sequences; dense where they are all alike."""
+    bidirectional: bool = False
+    training: bool = True
+
+
+# Odd sizes, so that every edge of a tile is one; a batch of more than one tile; both directions; sequences that end.
+STEP = (Call(5, 7, (3, 3, 3)), Call(3, 33, (3, 1, 2), bidirectional=True), Call(16, 16, (2,) * 17, training=False))
+# Several blocks that wait for each other, over more steps than there are buffers.
+PERSISTENT = (
+    Call(24, 64, (5,) * 3),
+    Call(24, 72, (4, 2, 2, 1), bidirectional=True),
+    Call(16, 128, (3,) * 20),
+    Call(24, 64, (3,) * 2, training=False),
+)
+_EVERYTHING = {"step": STEP, "persistent": PERSISTENT}
+
+
+def calls(quick: bool) -> Iterator[tuple[str, str, str, Call]]:
+    for path, sizes in _EVERYTHING.items():
+        for kind in KINDS:
+            for cell in CELLS:
+                for call in sizes[:2] if quick else sizes:
+                    yield path, kind, cell, call
+
+
+def run(path: str, kind: str, cell: str, call: Call, device: str = "cuda") -> str:
+    """Forward, and backward where the call is one of training; returns the path that it took."""
+    dtype, tf32 = KINDS[kind]
+    options = {"nonlinearity": cell[4:]} if cell.startswith("rnn_") else {}
+    module = CELLS[cell](call.inputs, call.hidden, bidirectional=call.bidirectional, **options)
+    module = module.to(getattr(torch, dtype)).to(device)
+    like = next(module.parameters())
+    steps, batch, directions = max(call.lengths), len(call.lengths), 2 if call.bidirectional else 1
+    padded = torch.randn(steps, batch, call.inputs).to(like).requires_grad_(call.training)
+    state = torch.randn(directions, batch, call.hidden).to(like).requires_grad_(call.training)
+    x: torch.Tensor | PackedSequence = padded
+    if len(set(call.lengths)) > 1:
+        x = pack_padded_sequence(padded, torch.tensor(call.lengths), enforce_sorted=False)
+    hx = (state, state) if cell == "lstm" else state
+    with precision(tf32), cuda.use(path), torch.set_grad_enabled(call.training):
+        taken: str = pyrnnfast.explain(module, x, hx).path
+        y, final = module(x, hx)
+        results = [y.data if isinstance(y, PackedSequence) else y, *(final if cell == "lstm" else (final,))]
+        if call.training:
+            upstream = [torch.randn(t.shape).to(t) for t in results]
+            torch.autograd.grad(results, [padded, state, *module.parameters()], upstream)
+    return taken
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.exercise")
+    parser.add_argument("--quick", action="store_true", help="the first two sizes of each")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    taken = Counter(run(*call) for call in calls(options.quick))
+    torch.cuda.synchronize()
+    print(json.dumps(taken))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
