@@ -28,16 +28,24 @@ class Call(NamedTuple):
     """Of the sequences; dense where they are all alike."""
     bidirectional: bool = False
     training: bool = True
+    padded: bool = False
+    """With the lengths, and resets, in tensors on the device; else packed."""
 
 
 # Odd sizes, so that every edge of a tile is one; a batch of more than one tile; both directions; sequences that end.
-STEP = (Call(5, 7, (3, 3, 3)), Call(3, 33, (3, 1, 2), bidirectional=True), Call(16, 16, (2,) * 17, training=False))
+STEP = (
+    Call(5, 7, (3, 3, 3)),
+    Call(3, 33, (3, 1, 2), bidirectional=True),
+    Call(16, 16, (2,) * 17, training=False),
+    Call(3, 9, (0, 3, 2), bidirectional=True, padded=True),
+)
 # Several blocks that wait for each other, over more steps than there are buffers.
 PERSISTENT = (
     Call(24, 64, (5,) * 3),
     Call(24, 72, (4, 2, 2, 1), bidirectional=True),
     Call(16, 128, (3,) * 20),
     Call(24, 64, (3,) * 2, training=False),
+    Call(24, 40, (0, 4, 2, 1), bidirectional=True, padded=True),
 )
 _EVERYTHING = {"step": STEP, "persistent": PERSISTENT}
 
@@ -61,12 +69,16 @@ def run(path: str, kind: str, cell: str, call: Call, device: str = "cuda") -> st
     padded = torch.randn(steps, batch, call.inputs).to(like).requires_grad_(call.training)
     state = torch.randn(directions, batch, call.hidden).to(like).requires_grad_(call.training)
     x: torch.Tensor | PackedSequence = padded
-    if len(set(call.lengths)) > 1:
+    extras = {}
+    if call.padded:
+        extras["lengths"] = torch.tensor(call.lengths).to(device)
+        extras["reset"] = (torch.arange(steps)[:, None] == torch.tensor([1, *[0] * (batch - 1)])).to(device)
+    elif len(set(call.lengths)) > 1:
         x = pack_padded_sequence(padded, torch.tensor(call.lengths), enforce_sorted=False)
     hx = (state, state) if cell == "lstm" else state
     with precision(tf32), cuda.use(path), torch.set_grad_enabled(call.training):
-        taken: str = pyrnnfast.explain(module, x, hx).path
-        y, final = module(x, hx)
+        taken: str = pyrnnfast.explain(module, x, hx, **extras).path
+        y, final = module(x, hx, **extras)
         results = [y.data if isinstance(y, PackedSequence) else y, *(final if cell == "lstm" else (final,))]
         if call.training:
             upstream = [torch.randn(t.shape).to(t) for t in results]

@@ -199,6 +199,76 @@ def test_a_captured_graph(cell: str, packed: bool, training: bool, path: str) ->
         _near(found, run())
 
 
+@both
+@every_cell
+def test_lengths_and_resets_in_a_graph(cell: str, path: str) -> None:
+    """Nobody waits for their values, so that a graph may be captured, and replayed with others."""
+    case = Case(cell, **SIZES)
+    given = planned(case, path)
+    hx = case.hx(given.states)
+    steps, batch = given.x.shape[:2]
+    lengths = torch.full((batch,), steps, device=oracle.DEVICE)
+    reset = torch.zeros(steps, batch, dtype=torch.bool, device=oracle.DEVICE)
+
+    def run() -> dict[str, Tensor]:
+        with cuda.use(path):
+            y = given.ours(given.x, hx, lengths=lengths, reset=reset)[0]
+            (grad,) = torch.autograd.grad(y.float().square().sum(), given.x)
+        return {"y": y.detach(), "grad": grad}
+
+    graph, static = _captured(run)
+    whole = static["y"].clone()
+    lengths.copy_(torch.arange(batch) % (steps + 1))
+    reset.copy_(torch.rand(steps, batch) < 0.2)
+    graph.replay()
+    torch.cuda.synchronize()
+    found = {name: t.clone() for name, t in static.items()}
+    assert not torch.equal(found["y"], whole)
+    _near(found, run())
+
+
+@both
+@every_cell
+def test_a_graph_is_captured_while_another_thread_works(cell: str, path: str) -> None:
+    # Both directions, the second of which has a stream of its own in the step form.
+    import threading
+
+    case = Case(cell, **SIZES, bidirectional=True)
+    given, other = planned(case, path), planned(case, path)
+    expected = call(case, other, path)["y"]
+    stop = threading.Event()
+    found: list[Tensor] = []
+
+    def work() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad(), cuda.use(path):
+            while not stop.is_set():
+                y = other.ours(other.x, case.hx(other.states))[0]
+            torch.cuda.current_stream().synchronize()
+            found.append(y)
+
+    def run() -> dict[str, Tensor]:
+        with cuda.use(path), torch.no_grad():
+            return {"y": given.ours(given.x, case.hx(given.states))[0]}
+
+    graph = torch.cuda.CUDAGraph()
+    run()
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=work)
+    with cuda.use(path):  # for the whole process, so that no thread's end of it changes the other's path
+        thread.start()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                static = run()
+        finally:
+            stop.set()
+            thread.join(60)
+    graph.replay()
+    torch.cuda.synchronize()
+    _near({"y": static["y"].clone()}, run())
+    assert len(found) == 1
+    assert torch.equal(found[0], expected)
+
+
 @every_cell
 def test_a_non_contiguous_and_a_misaligned_input(cell: str) -> None:
     # Kernels that read 16 bytes at once must not take it for granted that they may.
