@@ -45,8 +45,9 @@ class Info(NamedTuple):
         lines += [f"CUDA record: {record}" for record in self.cuda_records]
         lines += [f"CUDA record, refused: {record}" for record in self.cuda_refused]
         if not self.cuda_records:
+            state = "None of them is green" if self.cuda_refused else "The CUDA path has not run on a card yet"
             lines.append(
-                "CUDA record: none. The CUDA path has not run on a card yet, and cuDNN serves CUDA tensors, unless "
+                f"CUDA record: none that counts. {state}, and cuDNN serves CUDA tensors, unless "
                 "pyrnnfast.cuda.use asks for another path or a call for what torch's layers do not have"
             )
         return "\n".join(lines)

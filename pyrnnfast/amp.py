@@ -31,7 +31,7 @@ def narrowed(device: str, spec: Spec, input: Any, hx: Any, weights: Sequence[Ten
 def dtype_for(device: str, spec: Spec) -> torch.dtype:
     """That of autocast; but torch's wrapper of cuDNN's layers knows float16 alone (``aten/src/ATen/cudnn/
     AutocastRNN.cpp``), whatever dtype autocast is asked for, and a layer of ours gives what that gives."""
-    if device == "cuda" and not spec.single_step:
+    if device == "cuda" and not spec.single_step and torch.backends.cudnn.enabled:
         return torch.float16
     return torch.get_autocast_dtype(device)
 

@@ -58,7 +58,10 @@ def _path(name: str, asked: str) -> str:
 
 
 _environment = os.environ.get("PYRNNFAST_CUDA_PATH", "")
-_asked: str | None = _path("PYRNNFAST_CUDA_PATH", _environment) if _environment else None
+_from_environment: str | None = _path("PYRNNFAST_CUDA_PATH", _environment) if _environment else None
+_asked = _from_environment
+# Of those who are inside of `use`, the last one is heard. Threads may leave in another order than they came.
+_requests: list[list[str | None]] = []
 
 
 @contextmanager
@@ -77,11 +80,14 @@ def use(path: str | None) -> Iterator[None]:
         ValueError: there is no such path.
     """
     global _asked
-    before, _asked = _asked, None if path is None else _path("path", path)
+    own = [None if path is None else _path("path", path)]
+    _requests.append(own)
+    _asked = own[0]
     try:
         yield
     finally:
-        _asked = before
+        _requests[:] = [request for request in _requests if request is not own]
+        _asked = _requests[-1][0] if _requests else _from_environment
 
 
 # What there is ----------------------------------------------------------------------------------------------------
@@ -190,7 +196,7 @@ def choose(tensor: Tensor, problem: Callable[[], Problem | None], ours_alone: st
     index, path = _index(tensor), _asked
     missing = _missing(index)
     if missing is not None:
-        return _of_torch(missing)
+        return _of_torch(missing) if ours_alone is None else Choice("torch", missing)
     if ours_alone is None:
         if path == CUDNN:
             return _of_torch("it is asked for")
@@ -200,15 +206,18 @@ def choose(tensor: Tensor, problem: Callable[[], Problem | None], ours_alone: st
     if call is None:
         return Choice("torch", "the operands do not fit together")
     if ours_alone is not None:
-        return _planned(index, call, f"torch's layers have no {ours_alone}")
+        return _planned(_forms(index, call), f"torch's layers have no {ours_alone}")
     if path is not None:
-        return _planned(index, call, "it is asked for")
+        return _planned(_forms(index, call), "it is asked for")
     verdict = table().verdict(_capability(index), call)
     if verdict is None:
         return _of_torch("no shape near this one was measured")
     if not verdict.ours:
         return _of_torch(f"it took {1 / verdict.ratio:.2f} of our time for {verdict.evidence}")
-    return _planned(index, call, f"cuDNN took {1 / verdict.ratio:.2f} times as long for {verdict.evidence}")
+    forms = _forms(index, call)
+    if verdict.path == PERSISTENT and any(form != PERSISTENT for form, _ in forms):
+        return _of_torch(f"the persistent form, measured for {verdict.evidence}, has no plan for every pass of this")
+    return _planned(forms, f"cuDNN took {1 / verdict.ratio:.2f} times as long for {verdict.evidence}")
 
 
 def _of_torch(reason: str) -> Choice:
@@ -216,16 +225,20 @@ def _of_torch(reason: str) -> Choice:
     return Choice(CUDNN if torch.backends.cudnn.enabled else "torch", reason)
 
 
-def _planned(index: int, call: Problem, reason: str) -> Choice:
-    """Ours: in which form, layer by layer and pass by pass."""
-    directions = 2 if call.bidirectional else 1
-    inputs = [call.inputs] if call.layers == 1 else [call.inputs, directions * call.hidden]
-    layers = [call._replace(inputs=i, layers=1) for i in inputs]
-    forms = [_form(index, layer, back) for layer in layers for back in ((False, True) if call.training else (False,))]
+def _planned(forms: Sequence[tuple[str, str]], reason: str) -> Choice:
+    """Ours, in these forms of :func:`_forms`."""
     by_steps = next((why for form, why in forms if form != PERSISTENT and why), None)
     if all(form != PERSISTENT for form, _ in forms):
         return Choice(FUSED, f"{reason}; a kernel for each step: {by_steps}" if by_steps else reason)
     return Choice(PERSISTENT, f"{reason}; some passes with a kernel for each step: {by_steps}" if by_steps else reason)
+
+
+def _forms(index: int, call: Problem) -> list[tuple[str, str]]:
+    """As :func:`_form`, layer by layer and pass by pass."""
+    directions = 2 if call.bidirectional else 1
+    inputs = [call.inputs] if call.layers == 1 else [call.inputs, directions * call.hidden]
+    layers = [call._replace(inputs=i, layers=1) for i in inputs]
+    return [_form(index, layer, back) for layer in layers for back in ((False, True) if call.training else (False,))]
 
 
 def _form(index: int, layer: Problem, back: bool) -> tuple[str, str]:

@@ -63,9 +63,9 @@ def call(
     reason = None
     # First, so that a call which torch takes does not wait for what ours would ask.
     if device == "cuda" and obstacles.recording_obstacle() is None:
+        obstacles.check_packed(spec, asked, input)
         choice = _choice(spec, asked, input, hx, weights, extras)
         if not (choice.ours or choice.path == "reference"):
-            obstacles.check_packed(spec, asked, input)
             reason = choice.reason
     operands = (input, hx, weights)
     if reason is None:

@@ -133,17 +133,22 @@ def _run_masked(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor]
     """The same on CUDA, where kernels look at lengths and resets as they go, and nobody waits for their values."""
     x = input.transpose(0, 1) if spec.batch_first else input
     lengths, reset = extras
-    if lengths is not None and lengths.is_cpu and ((lengths < 0) | (lengths > x.shape[0])).any():
-        segments.complain_of_lengths(x.shape[0])
+    if lengths is not None and lengths.is_cpu:
+        segments.check_lengths(segments.integers(lengths), x.shape[0])
     own = Mask(
-        None if lengths is None else lengths.to(x.device, torch.int64, non_blocking=True).contiguous(),
-        None if reset is None else (reset.t() if spec.batch_first else reset).to(x.device, non_blocking=True),
+        None if lengths is None else _savable(lengths.to(x.device, torch.int64, non_blocking=True).contiguous()),
+        None if reset is None else _savable((reset.t() if spec.batch_first else reset).to(x.device, non_blocking=True)),
     )
     found = _run_layers(spec, "eager", x, own, hx, weights)
     output, cells = (
         t.transpose(0, 1) if spec.batch_first and t is not None else t for t in (found.output, found.cells)
     )
     return _as_torch_has_it(output, found.states, cells)
+
+
+def _savable(t: Tensor) -> Tensor:
+    """For backward, which takes no tensors of inference mode."""
+    return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
 
 
 def is_empty_batch(spec: Spec, input: Any) -> bool:

@@ -4,7 +4,7 @@ A reset clears the state before a step, so it begins a sequence of its own: a ba
 set of segments, which are sorted by length and packed. Padding is never read, and segments run side by side.
 """
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,8 +62,10 @@ def integers(t: Tensor) -> Integers:
     return values(t).astype(np.int64)
 
 
-def complain_of_lengths(steps: int) -> NoReturn:
-    raise ValueError(f"lengths must be from 0 to {steps}, the number of steps of the input")
+def check_lengths(length: Integers, steps: int) -> None:
+    """Raises ValueError where a length is not from 0 to T."""
+    if ((length < 0) | (length > steps)).any():
+        raise ValueError(f"lengths must be from 0 to {steps}, the number of steps of the input")
 
 
 def of_padded(lengths: Tensor | None, reset: Tensor | None, steps: int, batch: int, batch_first: bool) -> Segments:
@@ -77,8 +79,7 @@ def of_padded(lengths: Tensor | None, reset: Tensor | None, steps: int, batch: i
         ValueError: a length is not from 0 to T.
     """
     length = np.full(batch, steps) if lengths is None else integers(lengths)
-    if ((length < 0) | (length > steps)).any():
-        complain_of_lengths(steps)
+    check_lengths(length, steps)
     begin = np.arange(batch) * (steps if batch_first else 1)
     time_major = None if reset is None else values(reset.t() if batch_first else reset)
     return segments(length, time_major, begin, 1 if batch_first else batch)

@@ -354,6 +354,28 @@ def test_persistent_with_a_plan_for_some(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
+def test_threads_that_ask_may_leave_in_any_order() -> None:
+    first, second = cuda.use("step"), cuda.use("persistent")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert cuda.asked() == "persistent"
+    second.__exit__(None, None, None)
+    assert cuda.asked() is None
+
+
+def test_a_measured_form_without_a_plan_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says that the other form is faster than cuDNN."""
+    module = Fake(persistent=False)
+    install(monkeypatch, module, of(row(0.5, shape=SHAPE, path="persistent")))
+    path, reason = explained()
+    assert path == "cudnn"
+    assert "has no plan" in reason
+    module.persistent = True
+    cuda._plan.cache_clear()
+    assert explained().path == "persistent"
+
+
 def test_backward_takes_what_is_asked_for_when_it_runs(fake: Fake) -> None:
     module = LAYER.module(pyrnnfast)
     with cuda.use("persistent"):
@@ -412,6 +434,24 @@ def test_lengths_and_resets_run_on_ours(path: str | None, fake: Fake) -> None:
     for mask in fake.masks:
         torch.testing.assert_close(mask.lengths, lengths.long())
         torch.testing.assert_close(mask.reset, reset)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64], ids=str)
+def test_lengths_in_narrow_integers(dtype: torch.dtype, fake: Fake) -> None:
+    """Compared in their own type, 300 would be 44 there."""
+    x = torch.randn(300, 2, 8)
+    LAYER.module(pyrnnfast)(x, lengths=torch.tensor([100, 50], dtype=dtype))
+    assert fake.masks[0].lengths.tolist() == [100, 50]
+    with pytest.raises(ValueError, match="lengths must be from 0 to 30"):
+        LAYER.module(pyrnnfast)(x[:30], lengths=torch.tensor([100, 50], dtype=dtype))
+
+
+def test_lengths_and_resets_of_inference_mode(fake: Fake) -> None:
+    with torch.inference_mode():
+        lengths, reset = torch.tensor([10, 0, 3, 7]), torch.zeros(10, 4, dtype=torch.bool)
+    module, x = LAYER.module(pyrnnfast), LAYER.operands()[0]
+    module(x, lengths=lengths, reset=reset)[0].sum().backward()
+    assert x.grad is not None
 
 
 def test_lengths_that_are_on_the_cpu_are_looked_at(fake: Fake) -> None:

@@ -122,7 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print("the time is up", flush=True)
                 break
             write("begun", row.asdict())
-            entries, wrong = run_row(row, options.path or ("step", "persistent"), options.row_seconds, figures)
+            try:
+                entries, wrong = run_row(row, options.path or ("step", "persistent"), options.row_seconds, figures)
+            except Exception as error:  # of this row, such as want of memory; it is a problem of the record
+                write("failed", row.asdict() | {"why": f"{type(error).__name__}: {str(error)[:500]}"})
+                print(f"{row}: {type(error).__name__}: {error}", flush=True)
+                torch.cuda.synchronize()  # raises, and ends it, where nothing more can run
+                continue
             for entry in entries:
                 write("row", entry)
                 print(line(entry), flush=True)

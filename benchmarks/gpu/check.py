@@ -85,11 +85,15 @@ def _benchmark(options: argparse.Namespace, out: Path) -> Record:
 def read_rows(lines: str) -> Record:
     """What `bench` has written, whole or not, as `record.merge` takes it."""
     entries = [json.loads(line) for line in lines.splitlines()]
-    kinds = ("measured", "wanted", "begun", "ended", "row", "wrong")
+    kinds = ("measured", "wanted", "begun", "ended", "row", "wrong", "failed")
     of = {kind: [entry[kind] for entry in entries if kind in entry] for kind in kinds}
     begun, ended = ({record.row_key(row): row for row in of[kind]} for kind in ("begun", "ended"))
     # By row, so that one that did not come to its end is remembered until it does.
-    hung = {key: [] if key in ended else [f"this row did not come to its end: {row}"] for key, row in begun.items()}
+    why = {record.row_key(row): row["why"] for row in of["failed"]}
+    hung = {
+        key: [] if key in ended else [f"this row did not come to its end: {row}: {why.get(key, 'it was stopped')}"]
+        for key, row in begun.items()
+    }
     return {
         "measured": of["measured"][0] if of["measured"] else {},
         "rows": of["row"],

@@ -12,6 +12,8 @@ from .record import Record
 TESTS = ROOT / "tests" / "gpu"
 
 LIMIT = 540.0  # seconds of all files together
+FILE_LIMIT = 300.0
+NO_OUTCOME = " (no outcome)"
 
 
 def files() -> list[str]:
@@ -27,7 +29,7 @@ def read(outcomes: str) -> Record:
     for line in outcomes.splitlines():
         entry = json.loads(line)
         state[entry["test"]] = entry["outcome"]  # a test that passed may fail yet, in what comes after it
-    failed = [test if outcome == "failed" else f"{test} (no outcome)" for test, outcome in state.items()]
+    failed = [test if outcome == "failed" else f"{test}{NO_OUTCOME}" for test, outcome in state.items()]
     failed = [name for name, outcome in zip(failed, state.values(), strict=True) if outcome in ("failed", "begun")]
     counted = list(state.values())
     return {
@@ -48,13 +50,16 @@ def run(names: Sequence[str], limit: float = LIMIT) -> Record:
         outcomes.parent.mkdir(parents=True, exist_ok=True)
         outcomes.write_text("")
         command = place.python("-m", "pytest", "-c", str(TESTS / "pytest.ini"), str(TESTS / name))
-        left = end - time.monotonic()
+        # Of the time for all, so that one that hangs does not take the others'.
+        left = min(end - time.monotonic(), FILE_LIMIT)
         # Plugins that happen to be installed have no part.
         alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         done = place.run([*command, "--outcomes", str(outcomes)], Path(name).stem, left, alone)
         found = tests[name] = read(outcomes.read_text())
         # pytest's status is 1 where tests failed, which are counted; any other is a matter of its own.
         problems[name] = [] if done.status in (0, 1) else [f"{name} {done.why(left)}\n{done.tail(20)}"]
+        # After one that began and did not end there may be others that did not even begin.
+        problems[name] += [f"{name} ended in {test}" for test in found["failures"] if test.endswith(NO_OUTCOME)]
         print(
             f"{name}: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped, "
             f"{done.seconds:.0f} s, {done.log}",

@@ -95,4 +95,6 @@ def test_tf32_follows_the_switches(cell: str, path: str) -> None:
         errors[kind] = ((found["y"].double() - true["y"]).norm() / true["y"].norm()).item()
     assert errors["tf32"] < 2e-3
     if "fp32" in errors:
-        assert errors["fp32"] < 2e-6 < errors["tf32"]
+        assert errors["fp32"] < 2e-6
+    if path == "persistent":  # to cuBLAS TF32 is a permission
+        assert errors["tf32"] > 2e-6

@@ -146,7 +146,8 @@ def test_memory_is_torchs_alone(cell: str, path: str) -> None:
     torch.cuda.synchronize()
     assert torch.cuda.memory_reserved() == reserved
     assert torch.cuda.memory_allocated() == allocated
-    assert torch.cuda.mem_get_info()[0] == free
+    # The driver may load a little more of a kernel when it pleases.
+    assert torch.cuda.mem_get_info()[0] >= free - 2**21
 
 
 def _captured(fn: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
@@ -217,7 +218,10 @@ def test_lengths_and_resets_in_a_graph(cell: str, path: str) -> None:
         return {"y": y.detach(), "grad": grad}
 
     graph, static = _captured(run)
+    graph.replay()
+    torch.cuda.synchronize()
     whole = static["y"].clone()
+    _near({"y": whole}, {"y": run()["y"]})
     lengths.copy_(torch.arange(batch) % (steps + 1))
     reset.copy_(torch.rand(steps, batch) < 0.2)
     graph.replay()
@@ -236,13 +240,14 @@ def test_a_graph_is_captured_while_another_thread_works(cell: str, path: str) ->
     case = Case(cell, **SIZES, bidirectional=True)
     given, other = planned(case, path), planned(case, path)
     expected = call(case, other, path)["y"]
-    stop = threading.Event()
+    started, stop = threading.Event(), threading.Event()
     found: list[Tensor] = []
 
     def work() -> None:
         with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad(), cuda.use(path):
             while not stop.is_set():
                 y = other.ours(other.x, case.hx(other.states))[0]
+                started.set()
             torch.cuda.current_stream().synchronize()
             found.append(y)
 
@@ -257,6 +262,7 @@ def test_a_graph_is_captured_while_another_thread_works(cell: str, path: str) ->
     with cuda.use(path):  # for the whole process, so that no thread's end of it changes the other's path
         thread.start()
         try:
+            assert started.wait(60)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 static = run()
         finally:
