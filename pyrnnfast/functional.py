@@ -211,7 +211,7 @@ class Options(TypedDict, total=False):
     lengths: Tensor | None
     """[B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are real. Padding
     is never read; outputs there are zero, and the final states are those after the last real step. On CUDA nobody waits
-    for their values, but under torch.compile and torch.func, and those beyond 0 … T are taken for the nearest."""
+    for their values, but under torch.func, and those of a CUDA tensor beyond 0 … T are taken for the nearest."""
     reset: Tensor | None
     """[T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the start of an
     episode or of a document. Backward in time, it is cleared between the same two steps."""

@@ -68,8 +68,8 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
         own = Extras(*(None if t is None else t.unsqueeze(-1) for t in extras))
         output, states, *cells = run(batched, asked, input.unsqueeze(1), _map(hx, Tensor.unsqueeze, 1), weights, own)
         return output.squeeze(1), _map(states, Tensor.squeeze, 1), *(t.squeeze(1) for t in cells)
-    if extras and asked == "eager" and cuda.takes(input):
-        return _run_masked(spec, input, hx, weights, extras)
+    if extras and _takes_masks(asked, input, extras):
+        return _run_masked(spec, asked, input, hx, weights, extras)
     if extras and not (asked == "eager" and _is_plain(extras, input.shape[1 if spec.batch_first else 0])):
         return _run_segments(spec, asked, input, hx, weights, extras)
     dense = _run_layers(spec, asked, input.transpose(0, 1) if spec.batch_first else input, None, hx, weights)
@@ -115,7 +115,7 @@ def _run_segments(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Se
     """Padded input with lengths or resets: packed, run, and put back.
 
     The segments are cut on the CPU. What stands in a CUDA tensor of lengths or resets has to come there first, which
-    waits for all that the stream still has to do: so it is under torch.compile and torch.func.
+    waits for all that the stream still has to do: so it is under torch.func.
     """
     steps, batch = (input.shape[1], input.shape[0]) if spec.batch_first else input.shape[:2]
     cut = ops.segments if asked == "operators" else segments.of_padded
@@ -129,17 +129,26 @@ def _run_segments(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Se
     return _as_torch_has_it(output, _final_states(found, run.states, hx, spec.directions), cells)
 
 
-def _run_masked(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor], extras: Extras) -> Any:
+def _takes_masks(asked: str, input: Tensor, extras: Extras) -> bool:
+    """Whether the kernels are to read lengths and resets themselves.
+
+    In a graph only those that are on the device: others can be looked at, but not while the graph is recorded.
+    """
+    on_device = all(t is None or cuda.takes(t) for t in extras)
+    return cuda.takes(input) and (asked == "eager" or (asked == "operators" and on_device))
+
+
+def _run_masked(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Sequence[Tensor], extras: Extras) -> Any:
     """The same on CUDA, where kernels look at lengths and resets as they go, and nobody waits for their values."""
     x = input.transpose(0, 1) if spec.batch_first else input
     lengths, reset = extras
-    if lengths is not None and lengths.is_cpu:
+    if lengths is not None and asked == "eager" and lengths.is_cpu:
         segments.check_lengths(segments.integers(lengths), x.shape[0])
     own = Mask(
         None if lengths is None else _savable(lengths.to(x.device, torch.int64, non_blocking=True).contiguous()),
         None if reset is None else _savable((reset.t() if spec.batch_first else reset).to(x.device, non_blocking=True)),
     )
-    found = _run_layers(spec, "eager", x, own, hx, weights)
+    found = _run_layers(spec, asked, x, own, hx, weights)
     output, cells = (
         t.transpose(0, 1) if spec.batch_first and t is not None else t for t in (found.output, found.cells)
     )
@@ -147,7 +156,9 @@ def _run_masked(spec: Spec, input: Tensor, hx: Hidden, weights: Sequence[Tensor]
 
 
 def _savable(t: Tensor) -> Tensor:
-    """For backward, which takes no tensors of inference mode."""
+    """For backward, which takes no tensors of inference mode; a graph makes its own."""
+    if torch.compiler.is_compiling():
+        return t
     return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
 
 

@@ -121,7 +121,7 @@ class _Layers(_Ours, torch.nn.RNNBase):
             hx: [num_layers·D, B, H] (without B when unbatched), a pair of them for the LSTM; None: zeros
             lengths: [B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are
                 real. Padding is never read; outputs there are zero, and final states are those after the last real
-                step. On CUDA nobody waits for their values, but under torch.compile and torch.func, and those beyond
+                step. On CUDA nobody waits for their values, but under torch.func, and those of a CUDA tensor beyond
                 0 … T are taken for the nearest
             reset: [T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the
                 start of an episode or of a document

@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from .autograd import Outputs, differentiable, second_backward
-from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
+from .passes import (
+    CELLS,
+    Mask,
+    Steps,
+    Tensors,
+    Upstream,
+    backward,
+    forward,
+    room_for_cells,
+    room_for_gates,
+    side_by_side,
+    sizes,
+)
 from .segments import Segments, of_padded
 
 # On CUDA by whatever form of a pass cuda.py finds best; where `_cuda` is missing, the operators raise.
@@ -25,13 +37,15 @@ Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 torch.library.define(
     "pyrnnfast::layer",
     "(str cell, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, int directions, bool keep,"
-    " bool cell_states) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+    " bool cell_states, Tensor? lengths=None, Tensor? reset=None)"
+    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
 )
 # Of x, h0, c0 and each weight those gradients that are needed.
 torch.library.define(
     "pyrnnfast::layer_backward",
     "(str cell, bool[] needs, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, int directions,"
-    " Tensor y, Tensor gates, Tensor cells, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells)"
+    " Tensor y, Tensor gates, Tensor cells, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells,"
+    " Tensor? lengths=None, Tensor? reset=None)"
     " -> Tensor[]",
 )
 
@@ -41,6 +55,10 @@ def _with_biases(weights: Sequence[Tensor], directions: int) -> list[Tensor | No
     per_direction = len(weights) // directions
     parts = [weights[k : k + per_direction] for k in range(0, len(weights), per_direction)]
     return [t for part in parts for t in (*part, *(None,) * (4 - per_direction))]
+
+
+def _steps(batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None) -> Steps:
+    return batch_sizes if lengths is None and reset is None else Mask(lengths, reset)
 
 
 def _refuse_forward_mode() -> None:
@@ -75,6 +93,8 @@ def _layer(
     directions: int,
     keep: bool,
     cell_states: bool,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> Five:
     _refuse_forward_mode()
     given = _with_biases(weights, directions)
@@ -91,7 +111,7 @@ def _layer(
         kept = _kept(cell, gates, cells, given)
     elif cell_states:
         kept = side_by_side(None, cells, given)
-    y, h_n, c_n, _ = forward(cell, x, batch_sizes, h0, c0, given, kept)
+    y, h_n, c_n, _ = forward(cell, x, _steps(batch_sizes, lengths, reset), h0, c0, given, kept)
     return y, h_n, x.new_empty(0) if c_n is None else c_n, gates, cells
 
 
@@ -106,6 +126,8 @@ def _fake_layer(
     directions: int,
     keep: bool,
     cell_states: bool,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> Five:
     _refuse_forward_mode()
     given = _with_biases(weights, directions)
@@ -135,6 +157,8 @@ def _layer_backward(
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
     grad_cells: Tensor | None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> list[Tensor]:
     _refuse_forward_mode()
     if x.shape[:-1].numel() == 0:  # an empty batch
@@ -144,7 +168,8 @@ def _layer_backward(
     given = _with_biases(weights, directions)
     kept = _kept(cell, gates, cells, given)
     needed = _with_biases(needs[3:], directions)  # type: ignore[arg-type]
-    found = backward(cell, [*needs[:3], *(bool(n) for n in needed)], x, batch_sizes, h0, c0, given, y, kept, upstream)
+    steps = _steps(batch_sizes, lengths, reset)
+    found = backward(cell, [*needs[:3], *(bool(n) for n in needed)], x, steps, h0, c0, given, y, kept, upstream)
     return [g for g in (found.x, found.h0, found.c0, *found.weights) if g is not None]
 
 
@@ -174,24 +199,29 @@ def _spread(
     return [next(results) if need and t is not None else None for t, need in zip(operands, needs, strict=True)]
 
 
+def _undifferentiable(ctx: Any, count: int) -> tuple[None, ...]:
+    """Of the operands behind the first ``count``; the last ones, where they have their default values, are none."""
+    return (None,) * (len(ctx.needs_input_grad) - count)
+
+
 def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
-    ctx.cell, x, batch_sizes, h0, c0, weights, ctx.directions, ctx.keep, _ = inputs
+    ctx.cell, x, batch_sizes, h0, c0, weights, ctx.directions, ctx.keep, _, lengths, reset = inputs
     ctx.count = len(weights)
     ctx.set_materialize_grads(False)
     y, _, _, gates, cells = output
     ctx.mark_non_differentiable(gates)
-    ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, y, gates, cells)
+    ctx.save_for_backward(x, batch_sizes, lengths, reset, h0, c0, *weights, y, gates, cells)
 
 
 def _backward_of_layer(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if not ctx.keep:
         raise RuntimeError("pyrnnfast::layer was called with keep=False, so there is nothing to go back through")
-    x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
+    x, batch_sizes, lengths, reset, h0, c0, *rest = ctx.saved_tensors
     weights, (y, gates, cells) = rest[: ctx.count], rest[ctx.count :]
     grad_y, grad_h_n, grad_c_n, _, grad_cells = grads
     if not CELLS[ctx.cell].has_cell:
         grad_c_n = grad_cells = None
-    nothing = None, None, None, None, None, [None] * ctx.count, None, None, None
+    nothing = None, None, None, None, None, [None] * ctx.count, *_undifferentiable(ctx, 6)
     if grad_y is None and grad_h_n is None and grad_c_n is None and grad_cells is None:
         return nothing
     _, need_x, _, need_h0, need_c0, need_weights, *_ = ctx.needs_input_grad
@@ -212,31 +242,33 @@ def _backward_of_layer(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         grad_h_n,
         grad_c_n,
         grad_cells,
+        lengths,
+        reset,
     )
     dx, dh0, dc0, *dweights = _spread(found, needs, (x, h0, c0, *weights))
-    return None, dx, None, dh0, dc0, dweights, None, None, None
+    return None, dx, None, dh0, dc0, dweights, *_undifferentiable(ctx, 6)
 
 
 torch.library.register_autograd("pyrnnfast::layer", _backward_of_layer, setup_context=_setup_layer)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.cell, ctx.needs, x, batch_sizes, h0, c0, weights, ctx.directions, _, _, _, *grads = inputs
+    ctx.cell, ctx.needs, x, batch_sizes, h0, c0, weights, ctx.directions, _, _, _, *grads, lengths, reset = inputs
     ctx.count = len(weights)
-    ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, *grads)
+    ctx.save_for_backward(x, batch_sizes, lengths, reset, h0, c0, *weights, *grads)
 
 
 def _backward_of_backward(ctx: Any, grad: list[Tensor | None]) -> tuple[Any, ...]:
-    x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
+    x, batch_sizes, lengths, reset, h0, c0, *rest = ctx.saved_tensors
     weights, upstream = _with_biases(rest[: ctx.count], ctx.directions), Upstream(*rest[ctx.count :])
     needs = [*ctx.needs[:3], *(bool(n) for n in _with_biases(ctx.needs[3:], ctx.directions))]
     operands = (x, h0, c0, *weights)
     of_operands, of_upstream = second_backward(
-        ctx.cell, needs, operands, batch_sizes, upstream, _spread(grad, needs, operands)
+        ctx.cell, needs, operands, _steps(batch_sizes, lengths, reset), upstream, _spread(grad, needs, operands)
     )
     dx, dh0, dc0, *others = of_operands
     dweights = [g for g, w in zip(others, weights, strict=True) if w is not None]
-    return None, None, dx, None, dh0, dc0, dweights, None, None, None, None, *of_upstream
+    return None, None, dx, None, dh0, dc0, dweights, None, None, None, None, *of_upstream, *_undifferentiable(ctx, 15)
 
 
 torch.library.register_autograd("pyrnnfast::layer_backward", _backward_of_backward, setup_context=_setup_backward)
@@ -245,17 +277,18 @@ torch.library.register_autograd("pyrnnfast::layer_backward", _backward_of_backwa
 def layer(
     cell: str,
     x: Tensor,
-    batch_sizes: Tensor | None,
+    steps: Steps,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
     cell_states: bool,
 ) -> Outputs:
     """:func:`pyrnnfast.autograd.layer` by way of the operators."""
+    batch_sizes, mask = (None, steps) if isinstance(steps, Mask) else (steps, Mask(None, None))
     keep = differentiable(x, h0, c0, *weights)
     given = [w for w in weights if w is not None]
     y, h_n, c_n, _, cells = torch.ops.pyrnnfast.layer(
-        cell, x, batch_sizes, h0, c0, given, len(weights) // 4, keep, cell_states
+        cell, x, batch_sizes, h0, c0, given, len(weights) // 4, keep, cell_states, mask.lengths, mask.reset
     )
     if not CELLS[cell].has_cell:
         return Outputs(y, h_n, None, None)

@@ -61,9 +61,9 @@ class Padded:
         return x.detach().requires_grad_(), hx, extras
 
 
-def results(case: Padded, dtype: torch.dtype) -> list[Tensor]:
-    """All outputs, and the gradients of all operands."""
-    module, (x, hx, extras) = case.module(dtype), case.operands(dtype)
+def results(case: Padded, dtype: torch.dtype, given: torch.nn.Module | None = None) -> list[Tensor]:
+    """All outputs, and the gradients of all operands; of the case's own module, or of one like it."""
+    module, (x, hx, extras) = case.module(dtype) if given is None else given, case.operands(dtype)
     outputs, leaves = flat(module(x, hx, **extras)), [x, *flat(hx), *module.parameters()]
     g = torch.Generator().manual_seed(2)
     weights = [torch.randn(o.shape, generator=g).to(dtype) for o in outputs]
@@ -172,6 +172,29 @@ def test_second_derivative(case: Padded, request: pytest.FixtureRequest) -> None
     with cuda.use("step"):
         for found, wanted in zip(penalty(), expected, strict=True):
             torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("case", [Padded("GRU", reset=True, bidirectional=True), Padded("LSTM", layers=2)], ids=str)
+def test_compiled(case: Padded, request: pytest.FixtureRequest) -> None:
+    """One graph, for other lengths too; forward and back."""
+    expected = results(case, torch.float64)
+    request.getfixturevalue("emulation")
+    allowed = torch._dynamo.config.allow_rnn
+    torch._dynamo.reset()
+    pyrnnfast.enable_compile()
+    try:
+        with cuda.use("step"):
+            module = case.module(torch.float64)
+            compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+            for found, wanted in zip(results(case, torch.float64, compiled), expected, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+            x, hx, extras = case.operands(torch.float64)
+            extras["lengths"] = torch.tensor([T, 1, 2, 0, 6])
+            x = x.detach().nan_to_num()
+            torch.testing.assert_close(compiled(x, hx, **extras), module(x, hx, **extras))
+    finally:
+        torch._dynamo.config.allow_rnn = allowed
+        torch._dynamo.reset()
 
 
 def test_all_sequences_empty(request: pytest.FixtureRequest) -> None:
