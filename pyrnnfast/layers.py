@@ -209,12 +209,12 @@ def pack_jagged(spec: Spec, input: Any, hx: Any) -> tuple[PackedSequence, Any, s
 
     Raises:
         RuntimeError: ``hx`` is not of the size that it has to be.
-        ValueError: the ragged dimension is not that of time, or it is not on the CPU.
+        ValueError: the ragged dimension is not that of time, or it has no values.
     """
     if input.dim() != 3 or isinstance(input.shape[1], int):
         raise ValueError(f"a nested input has to be [B, j, I] with a ragged j, got {tuple(input.shape)}")
-    if not input.is_cpu:
-        raise ValueError(f"a nested input has to be on the CPU, got {input.device}")
+    if not (input.is_cpu or input.is_cuda):
+        raise ValueError(f"a nested input has to be on the CPU or a CUDA device, got {input.device}")
     for state in hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,):
         if not isinstance(state, Tensor) or state.dim() != 3 or state.shape[1] != input.shape[0]:
             expected = state_shape(spec._replace(batch_first=True), input)
@@ -222,7 +222,8 @@ def pack_jagged(spec: Spec, input: Any, hx: Any) -> tuple[PackedSequence, Any, s
             raise RuntimeError(f"Expected hidden size {expected}, got {got}")
     offsets = segments.integers(input.offsets())
     length = np.diff(offsets) if input.lengths() is None else segments.integers(input.lengths())
-    found = segments.segments(length, None, offsets[:-1], 1)
+    # On CUDA this has waited for the offsets: packed data has its batch sizes on the CPU.
+    found = segments.on(input.device, segments.segments(length, None, offsets[:-1], 1))
     return *_packed(found, input.values(), hx, spec.directions), found
 
 

@@ -584,7 +584,7 @@ def test_bad_nested() -> None:
     for bad in (nested.transpose(1, 2), torch.nested.nested_tensor([torch.zeros(3)], layout=torch.jagged)):
         with pytest.raises(ValueError, match=r"has to be \[B, j, I\] with a ragged j"):
             layer(bad)
-    with pytest.raises(ValueError, match="has to be on the CPU, got meta"):
+    with pytest.raises(ValueError, match="has to be on the CPU or a CUDA device, got meta"):
         layer(nested.to("meta"))
     for wrong in ((1, B - 1, H), (1, B + 1, H), (B, H)):
         state = torch.zeros(wrong)

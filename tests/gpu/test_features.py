@@ -196,6 +196,18 @@ def test_lengths(where: str, bidirectional: bool, cell: str, path: str) -> None:
         assert relative(a.detach().cpu(), b.detach()) < NEAR[cell]
 
 
+@pytest.mark.parametrize("path", [*oracle.PATHS, "cudnn"])
+@every_cell
+def test_a_nested_input(cell: str, path: str) -> None:
+    module = layer(cell, bidirectional=True)
+    sequences = [torch.randn(n, 24, device=oracle.DEVICE, dtype=BF16) for n in (7, 1, 12, 3)]
+    with cuda.use(path), torch.no_grad():
+        y, _ = module(torch.nested.nested_tensor(sequences, layout=torch.jagged))
+        alone = [module(s.unsqueeze(1))[0].squeeze(1) for s in sequences]
+    for found, expected in zip(y.unbind(), alone, strict=True):
+        assert relative(found, expected) < NEAR[cell]
+
+
 @both
 @every_cell
 def test_reset(cell: str, path: str) -> None:
