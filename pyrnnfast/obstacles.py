@@ -78,13 +78,6 @@ def _tensor_obstacle(name: str, tensor: Any, like: Tensor) -> str | None:
     return f"{name} is a lazily negated view" if tensor.is_neg() else None
 
 
-def _without_memory(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> bool:
-    """Whether a transform of torch.func wraps one of the tensors, which are served but for that."""
-    data = input.data if isinstance(input, PackedSequence) else input
-    tensors = (data, *(_states_of(spec, hx) or ()), *weights)
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
-
-
 def _shape_obstacle(name: str, tensor: Tensor, expected: tuple[int, ...]) -> str | None:
     if tensor.shape == expected:
         return None
@@ -224,10 +217,7 @@ def obstacle(
         return _operands_obstacle(spec, input, hx, weights)
     if _agree(spec, input, hx, weights):
         return None
-    reason = _operands_obstacle(spec, input, hx, weights)
-    if reason is None and cuda.takes(weights[0]) and not _without_memory(spec, input, hx, weights):
-        return None
-    return reason or "an operand has no memory of its own"
+    return _operands_obstacle(spec, input, hx, weights) or "an operand has no memory of its own"
 
 
 def check_packed(spec: Spec, asked: str, input: Any) -> None:

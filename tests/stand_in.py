@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrnnfast import _cpu, cuda
+from pyrnnfast import _cpu, cuda, obstacles
 from pyrnnfast.choices import Table
 from pyrnnfast.passes import Mask
 
@@ -89,6 +89,15 @@ def install(
     """Until the end of the test. The shortest road of the CPU is closed, and nothing is measured but ``table``."""
     loaded = cuda.Loaded(module, "80;90;120+PTX", (DEVICE,), reason)
     measured = Table([]) if table is None else table
+    agree = obstacles._agree
+
+    def agree_on_half(*call: Any) -> bool:
+        """The kernels of the CPU, which are asked there, do not know float16."""
+        _, _, _, weights = call
+        half = bool(weights) and _is_half(weights[0]) and not torch._C._are_functorch_transforms_active()
+        return agree(*call) or (half and obstacles._operands_obstacle(*call) is None)
+
+    monkeypatch.setattr(obstacles, "_agree", agree_on_half)
     monkeypatch.setattr(cuda, "takes", lambda t: t.is_cpu)
     monkeypatch.setattr(cuda, "load", lambda: loaded)
     monkeypatch.setattr(cuda, "table", lambda: measured)

@@ -67,13 +67,10 @@ PYRNNFAST_HD inline float widened(float value) { return value; }
 PYRNNFAST_HD inline double widened(double value) { return value; }
 PYRNNFAST_HD inline float widened(Bfloat16 value) { return same_bits<float>(static_cast<uint32_t>(value.bits) << 16); }
 PYRNNFAST_HD inline float widened(Float16 value) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
   return __half2float(__ushort_as_half(value.bits));
-#elif !defined(__CUDACC__)
-  return static_cast<float>(same_bits<_Float16>(value.bits));
 #else
-  (void)value;
-  return 0;  // nvcc's host half never widens
+  return static_cast<float>(same_bits<_Float16>(value.bits));
 #endif
 }
 
@@ -93,13 +90,10 @@ struct Rounded<Bfloat16> {
 template <>
 struct Rounded<Float16> {
   PYRNNFAST_HD static Float16 from(float value) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
     return {__half_as_ushort(__float2half_rn(value))};
-#elif !defined(__CUDACC__)
-    return {same_bits<uint16_t>(static_cast<_Float16>(value))};
 #else
-    (void)value;
-    return {0};  // nvcc's host half never rounds
+    return {same_bits<uint16_t>(static_cast<_Float16>(value))};
 #endif
   }
 };
