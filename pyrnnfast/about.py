@@ -48,7 +48,7 @@ class Info(NamedTuple):
             state = "None of them is green" if self.cuda_refused else "The CUDA path has not run on a card yet"
             lines.append(
                 f"CUDA record: none that counts. {state}, and cuDNN serves CUDA tensors, unless "
-                "pyrnnfast.cuda.use asks for another path or a call for what torch's layers do not have"
+                "pyrnnfast.cuda.use asks for another path"
             )
         return "\n".join(lines)
 

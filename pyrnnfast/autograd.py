@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from . import reference, segments
+from . import reference
 from .passes import (
     CELLS,
     Gradients,
@@ -19,6 +19,7 @@ from .passes import (
     Steps,
     Upstream,
     backward,
+    cells_dtype,
     forward,
     forward_step,
     room_for_cells,
@@ -162,38 +163,32 @@ def reference_layer(
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
 ) -> Outputs:
-    """A layer by :mod:`pyrnnfast.reference`: slow, of torch's operators alone, and so whatever they can do."""
-    if isinstance(steps, Mask):
-        return _reference_of_padded(cell, x, steps, h0, c0, weights)
-    sizes = [x.shape[1]] * x.shape[0] if steps is None else steps.tolist()
+    """A layer by :mod:`pyrnnfast.reference`: slow, of torch's operators alone, and so whatever they can do.
+
+    Of 16 bits the kernels keep the operands and results only, and so does this.
+    """
+    wide = cells_dtype(x)
+    data, h0, c0, *own = (t if t is None else t.to(wide) for t in (x, h0, c0, *weights))
+    assert data is not None
     initial = None if h0 is None else (h0,) if c0 is None else (h0, c0)
-    by_direction = [weights[k : k + 4] for k in range(0, len(weights), 4)]
-    states, (h_n, *c_n) = reference.layer(cell, x.reshape(-1, x.shape[-1]), initial, by_direction, sizes)
+    by_direction = [own[k : k + 4] for k in range(0, len(own), 4)]
+    if isinstance(steps, Mask):
+        states, final = reference.layer(cell, data, initial, by_direction, _padding(steps, x))
+    else:
+        sizes = [x.shape[1]] * x.shape[0] if steps is None else steps.tolist()
+        states, final = reference.layer(cell, data.reshape(-1, x.shape[-1]), initial, by_direction, sizes)
     y, *cells = (s.view(*x.shape[:-1], -1) for s in states)
-    return Outputs(y, h_n, c_n[0], cells[0]) if cells else Outputs(y, h_n, None, None)
+    h_n, *c_n = (s.to(x.dtype) for s in final)
+    return Outputs(y.to(x.dtype), h_n, *c_n, *cells) if cells else Outputs(y.to(x.dtype), h_n, None, None)
 
 
-def _reference_of_padded(
-    cell: str, x: Tensor, mask: Mask, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
-) -> Outputs:
-    """The same by way of segments, which waits for the values of the mask."""
-    count, batch = x.shape[:2]
-    found = segments.on(x.device, segments.of_padded(mask.lengths, mask.reset, count, batch, batch_first=False))
-    directions = len(weights) // 4
-    first = [None if s is None else segments.initial_states(found, directions, s) for s in (h0, c0)]
-    rows = segments.gather(found, x.flatten(0, 1))
-    y, h_n, c_n, cells = reference_layer(cell, rows, found.batch_sizes, first[0], first[1], weights)
-
-    def padded(t: Tensor | None) -> Tensor | None:
-        return None if t is None else segments.scatter(found, t, count * batch).view(count, batch, -1)
-
-    def of_sequences(s: Tensor | None, before: Tensor | None) -> Tensor | None:
-        return None if s is None else segments.final_states(found, s, before, directions)
-
-    output, final = padded(y), of_sequences(h_n, h0)
-    assert output is not None
-    assert final is not None
-    return Outputs(output, final, of_sequences(c_n, c0), padded(cells))
+def _padding(mask: Mask, x: Tensor) -> reference.Padding:
+    """Of data x [T, B, I]."""
+    none = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    steps = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
+    return reference.Padding(
+        ~none if mask.lengths is None else steps < mask.lengths, none if mask.reset is None else mask.reset
+    )
 
 
 @without_autocast

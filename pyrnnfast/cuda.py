@@ -1,9 +1,10 @@
 """CUDA tensors: whether our kernels or torch's own layers take a call, and the way to the kernels in ``_cuda``.
 
 The choice is automatic. Ours run where a record from a real card says that they are faster than cuDNN near the shape of
-the call (the table and its format: :mod:`pyrnnfast.choices`); everywhere else torch's layers do, as without us. What
-those do not have, ``lengths``, ``reset`` and ``cell_states``, runs on ours wherever they are built. :func:`use`, or the
-environment variable ``PYRNNFAST_CUDA_PATH``, decides otherwise, and :func:`pyrnnfast.explain` tells what was decided.
+the call (the table and its format: :mod:`pyrnnfast.choices`); everywhere else torch's layers do, as without us: padded
+data with ``lengths`` or ``reset`` are packed for them. What they cannot do at all runs on ours where there is a record
+from a card of this kind, and else by torch's operators, step by step. :func:`use`, or the environment variable
+``PYRNNFAST_CUDA_PATH``, decides otherwise, and :func:`pyrnnfast.explain` tells what was decided.
 
 ``_cuda`` is imported when a CUDA tensor comes for the first time. It may be missing from a build, and loads where there
 is no driver.
@@ -191,24 +192,23 @@ def choose(tensor: Tensor, problem: Callable[[], Problem | None], ours_alone: st
         tensor: one of its tensors, all of which are on one device
         problem: gives what the call is, or None where torch is to say what is wrong with it; not called where nothing
             follows from it, so that a call which torch takes anyway is not kept waiting
-        ours_alone: what is asked for that torch's layers do not have
+        ours_alone: what is asked for that torch's layers do not have, so that any record will do
     """
     index, path = _index(tensor), _asked
     missing = _missing(index)
     if missing is not None:
-        return _of_torch(missing) if ours_alone is None else Choice("torch", missing)
-    if ours_alone is None:
-        if path == CUDNN:
-            return _of_torch("it is asked for")
-        if path is None and _capability(index) not in table().capabilities:
-            return _of_torch(f"our kernels have no record from a card of compute capability {_capability(index)}")
+        return _of_torch(missing)
+    if path == CUDNN:
+        return _of_torch(_ASKED)
+    if path is None and _capability(index) not in table().capabilities:
+        return _of_torch(_unrecorded(index))
     call = problem()
     if call is None:
         return Choice("torch", "the operands do not fit together")
+    if path is not None:
+        return _planned(_forms(index, call), _ASKED)
     if ours_alone is not None:
         return _planned(_forms(index, call), f"torch's layers have no {ours_alone}")
-    if path is not None:
-        return _planned(_forms(index, call), "it is asked for")
     verdict = table().verdict(_capability(index), call)
     if verdict is None:
         return _of_torch("no shape near this one was measured")
@@ -218,6 +218,13 @@ def choose(tensor: Tensor, problem: Callable[[], Problem | None], ours_alone: st
     if verdict.path == PERSISTENT and any(form != PERSISTENT for form, _ in forms):
         return _of_torch(f"the persistent form, measured for {verdict.evidence}, has no plan for every pass of this")
     return _planned(forms, f"cuDNN took {1 / verdict.ratio:.2f} times as long for {verdict.evidence}")
+
+
+_ASKED = "it is asked for"
+
+
+def _unrecorded(index: int) -> str:
+    return f"our kernels have no record from a card of compute capability {_capability(index)}"
 
 
 def _of_torch(reason: str) -> Choice:
@@ -279,27 +286,25 @@ def _constant(function: _Function) -> _Function:
     return function
 
 
-def choose_for_graph(tensor: Tensor, ours_alone: str | None) -> Choice:
+def choose_for_graph(tensor: Tensor) -> Choice:
     """The road of a call that torch.compile or torch.export records, or that torch.func transforms.
 
     Its sizes are not known, and what torch would do instead is not cuDNN: a graph gets its layers step by step, one
     graph for each T. So ours take it on every card that they have a record from, whatever the shape.
     """
-    return Choice(*_for_graph(_index(tensor), _asked, ours_alone))
+    return Choice(*_for_graph(_index(tensor), _asked))
 
 
 @_constant
-def _for_graph(index: int, path: str | None, ours_alone: str | None) -> tuple[str, str]:
+def _for_graph(index: int, path: str | None) -> tuple[str, str]:
     missing = _missing(index)
     if missing is not None:
         return "torch", missing
-    if ours_alone is not None:
-        return FUSED, f"torch's layers have no {ours_alone}"
     if path is not None:
-        return ("torch" if path == CUDNN else path), "it is asked for"
+        return ("torch" if path == CUDNN else path), _ASKED
     if _capability(index) in table().capabilities:
         return FUSED, "torch would record its own layers step by step"
-    return "torch", f"our kernels have no record from a card of compute capability {_capability(index)}"
+    return "torch", _unrecorded(index)
 
 
 def tf32() -> bool:

@@ -60,13 +60,17 @@ def call(
     autocast = torch.is_autocast_enabled(device)
     asked = obstacles.form(input)
     input = _readable(asked, input)
-    reason = None
+    reason, packed_by_torch = None, False
     # First, so that a call which torch takes does not wait for what ours would ask.
     if device == "cuda" and obstacles.recording_obstacle() is None:
         obstacles.check_packed(spec, asked, input)
         choice = _choice(spec, asked, input, hx, weights, extras)
-        if not (choice.ours or choice.path == "reference"):
-            reason = choice.reason
+        if choice.path == "reference":
+            asked = "reference"
+        elif not choice.ours:
+            reason, packed_by_torch = (None, True) if extras else (choice.reason, False)
+    elif _by_reference(asked, input, extras):
+        asked = "reference"
     operands = (input, hx, weights)
     if reason is None:
         if autocast:
@@ -74,9 +78,11 @@ def call(
         reason = obstacles.obstacle(spec, asked, *operands)
     if reason is not None:
         if extras or spec.cell_states:
-            raise ValueError(f"lengths, reset and cell_states are for our kernels alone, but {reason}")
+            raise ValueError(f"torch has no lengths, reset or cell_states, and {reason}")
         obstacles.guard(spec, input, hx, weights)
         return otherwise(input, hx)
+    if packed_by_torch:
+        return layers.run_packed(spec, input, hx, extras, lambda x, h: call(spec, x, h, weights, otherwise))
     if not autocast:
         return layers.run(spec, asked, *operands, extras)
     with torch.autocast(device, enabled=False):
@@ -99,8 +105,8 @@ def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], extras: 
     if device == "cuda":
         choice = _choice(spec, asked, input, hx, weights, extras)
         return choice.path, f"served by pyrnnfast._cuda: {choice.reason}" if choice.ours else choice.reason
-    if asked == "transforms" and not transforms.on_kernels(isinstance(input, PackedSequence)):
-        return "reference", "derivatives that the kernels do not have"
+    if _by_reference(asked, input, extras):
+        return "reference", _BEYOND_KERNELS
     return "fused", "served by pyrnnfast._cpu"
 
 
@@ -119,20 +125,38 @@ def _device_type(weights: Sequence[Any]) -> str:
 
 def _choice(spec: Spec, asked: str, input: Any, hx: Any, weights: Sequence[Tensor], extras: Extras) -> cuda.Choice:
     """Of a call with CUDA tensors, which may be wrong in any way yet: ours, the reference, or torch's."""
-    ours_alone = "lengths or reset" if extras else "cell_states" if spec.cell_states else None
-    packed = isinstance(input, PackedSequence)
-    if asked == "transforms" and not transforms.on_kernels(packed):
-        return cuda.Choice("reference", "derivatives that the kernels do not have")
+    if _by_reference(asked, input, extras):
+        return cuda.Choice("reference", _BEYOND_KERNELS)
     if spec.single_step and cuda.asked() is None:
         # A graph has them operator by operator, and fuses them; elsewhere torch has kernels of its own.
         return cuda.Choice("torch", "a step by ours was not measured against torch's own")
-    if asked == "transforms" or torch.compiler.is_compiling():
-        return cuda.choose_for_graph(weights[0], ours_alone)
-    return cuda.choose(weights[0], lambda: _problem(spec, input, hx, weights), ours_alone)
+    in_graph = asked == "transforms" or torch.compiler.is_compiling()
+    ours_alone = "cell_states" if spec.cell_states else "lengths or reset in a graph" if extras and in_graph else None
+    if in_graph:
+        choice = cuda.choose_for_graph(weights[0])
+    else:
+        choice = cuda.choose(weights[0], lambda: _problem(spec, input, hx, weights, bool(extras)), ours_alone)
+    if choice.ours or ours_alone is None:
+        return choice
+    return cuda.Choice("reference", f"torch's layers have no {ours_alone}, and {choice.reason}")
 
 
-def _problem(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> Problem | None:
-    """What of a call its speed follows from; None where it is not even a call."""
+_BEYOND_KERNELS = "derivatives that the kernels do not have"
+
+
+def _by_reference(asked: str, input: Any, extras: Extras) -> bool:
+    """Whether a call is for transforms that no kernels serve."""
+    return asked == "transforms" and not (
+        transforms.on_kernels() and not extras and not isinstance(input, PackedSequence)
+    )
+
+
+def _problem(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], ragged: bool = False) -> Problem | None:
+    """What of a call its speed follows from; None where it is not even a call.
+
+    Args:
+        ragged: there are lengths or resets, so that torch's layers would get it packed
+    """
     packed = isinstance(input, PackedSequence) and not spec.single_step
     data = input.data if packed else input
     if not isinstance(data, Tensor) or data.dim() > 3 or data.numel() == 0:
@@ -157,7 +181,7 @@ def _problem(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> Prob
         data.shape[-1],
         spec.hidden_size,
         bidirectional=spec.bidirectional,
-        packed=packed,
+        packed=packed or ragged,
         layers=spec.num_layers,
     )
 
@@ -210,8 +234,9 @@ class Options(TypedDict, total=False):
     bidirectional: bool
     lengths: Tensor | None
     """[B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are real. Padding
-    is never read; outputs there are zero, and the final states are those after the last real step. On CUDA nobody waits
-    for their values, but under torch.func, and those of a CUDA tensor beyond 0 … T are taken for the nearest."""
+    is never read; outputs there are zero, and the final states are those after the last real step. On CUDA, our kernels
+    and the reference do not wait for their values, and take those of a CUDA tensor beyond 0 … T for the nearest; for
+    torch's layers (:func:`pyrnnfast.explain` tells who takes a call) the sequences are packed, which does."""
     reset: Tensor | None
     """[T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the start of an
     episode or of a document. Backward in time, it is cleared between the same two steps."""

@@ -17,7 +17,26 @@ from . import autograd, cuda, ops, segments, transforms
 from .obstacles import Hidden, Spec, state_shape
 from .passes import Mask, Steps
 
-_LAYERS = {"eager": autograd.layer, "operators": ops.layer, "transforms": transforms.layer}
+
+def _by_reference(
+    cell: str,
+    x: Tensor,
+    steps: Steps,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    cell_states: bool,
+) -> autograd.Outputs:
+    found = autograd.reference_layer(cell, x, steps, h0, c0, weights)
+    return found if cell_states else found._replace(cells=None)
+
+
+_LAYERS: dict[str, Callable[..., autograd.Outputs]] = {
+    "eager": autograd.layer,
+    "operators": ops.layer,
+    "transforms": transforms.layer,
+    "reference": _by_reference,
+}
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -44,16 +63,16 @@ class _Found(NamedTuple):
 
 
 def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor], extras: Extras) -> Any:
-    """A call without an obstacle, on our kernels; packed input has been checked.
+    """A call without an obstacle, on our kernels or the reference; packed input has been checked.
 
     Args:
-        asked: the form of a layer, see :func:`pyrnnfast.obstacles.form`
+        asked: the form of a layer, see :func:`pyrnnfast.obstacles.form`, or ``"reference"``
     """
+    if extras:
+        _check(extras, input, spec.batch_first)
     if spec.single_step:
         return _run_step(spec, asked, input, hx, weights)
     if isinstance(input, PackedSequence):
-        if extras:
-            raise ValueError("lengths and reset are for padded input; a PackedSequence has its own lengths")
         x, batch_sizes = input.data, input.batch_sizes
         found = _run_layers(spec, asked, x, batch_sizes, _permuted(hx, input.sorted_indices), weights)
         output, cells = (
@@ -61,17 +80,13 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
             for t in (found.output, found.cells)
         )
         return _as_torch_has_it(output, _permuted(found.states, input.unsorted_indices), cells)
-    if extras:
-        _check(extras, input, spec.batch_first)
     if input.dim() == 2:
         batched = spec._replace(batch_first=False)
-        own = Extras(*(None if t is None else t.unsqueeze(-1) for t in extras))
-        output, states, *cells = run(batched, asked, input.unsqueeze(1), _map(hx, Tensor.unsqueeze, 1), weights, own)
-        return output.squeeze(1), _map(states, Tensor.squeeze, 1), *(t.squeeze(1) for t in cells)
-    if extras and _takes_masks(asked, input, extras):
+        return _as_a_batch(lambda x, h, own: run(batched, asked, x, h, weights, own), input, hx, extras)
+    if extras and (asked == "reference" or cuda.takes(input)):
         return _run_masked(spec, asked, input, hx, weights, extras)
     if extras and not (asked == "eager" and _is_plain(extras, input.shape[1 if spec.batch_first else 0])):
-        return _run_segments(spec, asked, input, hx, weights, extras)
+        return _run_segments(spec, asked, input, hx, extras, lambda x, h: run(spec, asked, x, h, weights, NO_EXTRAS))
     dense = _run_layers(spec, asked, input.transpose(0, 1) if spec.batch_first else input, None, hx, weights)
     if not spec.batch_first:
         return _as_torch_has_it(*dense)
@@ -80,12 +95,37 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
     )
 
 
+def run_packed(spec: Spec, input: Any, hx: Hidden, extras: Extras, call: Callable[[Any, Any], Any]) -> Any:
+    """An eager call with padded input and lengths or resets, for layers that have packed input alone.
+
+    Args:
+        call: the layers on packed input, or on this where it is all there is, and initial states
+    """
+    _check(extras, input, spec.batch_first)
+    unbatched = input.dim() == 2
+    if _is_plain(extras, input.shape[1 if spec.batch_first and not unbatched else 0]):
+        return call(input, hx)
+    if not unbatched:
+        return _run_segments(spec, "eager", input, hx, extras, call)
+    own = spec._replace(batch_first=False)
+    return _as_a_batch(lambda x, h, e: _run_segments(own, "eager", x, h, e, call), input, hx, extras)
+
+
+def _as_a_batch(run: Callable[..., Any], input: Tensor, hx: Hidden, extras: Extras) -> Any:
+    """``run(input, hx, extras)`` of one sequence without a batch dimension, made [T, 1, I] for it."""
+    own = Extras(*(None if t is None else t.unsqueeze(-1) for t in extras))
+    output, states, *cells = run(input.unsqueeze(1), _map(hx, Tensor.unsqueeze, 1), own)
+    return output.squeeze(1), _map(states, Tensor.squeeze, 1), *(t.squeeze(1) for t in cells)
+
+
 def _as_torch_has_it(output: Any, states: Any, cells: Any) -> tuple[Any, ...]:
     return (output, states) if cells is None else (output, states, cells)
 
 
-def _check(extras: Extras, input: Tensor, batch_first: bool) -> None:
+def _check(extras: Extras, input: Any, batch_first: bool) -> None:
     """Raises TypeError or ValueError where lengths or reset are not what they have to be, their values apart."""
+    if isinstance(input, PackedSequence):
+        raise ValueError("lengths and reset are for padded input; a PackedSequence has its own lengths")
     lengths, reset = extras
     time = 1 if batch_first and input.dim() == 3 else 0
     if lengths is not None:
@@ -111,39 +151,34 @@ def _is_plain(extras: Extras, steps: int) -> bool:
     return reset is None and (lengths is None or bool((segments.integers(lengths) == steps).all()))
 
 
-def _run_segments(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Sequence[Tensor], extras: Extras) -> Any:
+def _run_segments(
+    spec: Spec, asked: str, input: Tensor, hx: Hidden, extras: Extras, call: Callable[[PackedSequence, Any], Any]
+) -> Any:
     """Padded input with lengths or resets: packed, run, and put back.
 
     The segments are cut on the CPU. What stands in a CUDA tensor of lengths or resets has to come there first, which
-    waits for all that the stream still has to do: so it is under torch.func.
+    waits for all that the stream still has to do.
+
+    Args:
+        call: the layers on packed input and initial states
     """
     steps, batch = (input.shape[1], input.shape[0]) if spec.batch_first else input.shape[:2]
     cut = ops.segments if asked == "operators" else segments.of_padded
     found = segments.on(input.device, cut(extras.lengths, extras.reset, steps, batch, spec.batch_first))
     packed, first = _packed(found, input.reshape(-1, input.shape[-1]), hx, spec.directions)
-    run = _run_layers(spec, asked, packed.data, packed.batch_sizes, first, weights)
-    output, cells = (
-        None if t is None else segments.scatter(found, t, steps * batch).view(*input.shape[:2], -1)
-        for t in (run.output, run.cells)
+    output, states, *cells = call(packed, first)
+    output, *cells = (
+        segments.scatter(found, t.data, steps * batch).view(*input.shape[:2], -1) for t in (output, *cells)
     )
-    return _as_torch_has_it(output, _final_states(found, run.states, hx, spec.directions), cells)
-
-
-def _takes_masks(asked: str, input: Tensor, extras: Extras) -> bool:
-    """Whether the kernels are to read lengths and resets themselves.
-
-    In a graph only those that are on the device: others can be looked at, but not while the graph is recorded.
-    """
-    on_device = all(t is None or cuda.takes(t) for t in extras)
-    return cuda.takes(input) and (asked == "eager" or (asked == "operators" and on_device))
+    return output, _final_states(found, states, hx, spec.directions), *cells
 
 
 def _run_masked(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Sequence[Tensor], extras: Extras) -> Any:
-    """The same on CUDA, where kernels look at lengths and resets as they go, and nobody waits for their values."""
+    """The same where lengths and resets are looked at step by step, and nobody waits for their values."""
     x = input.transpose(0, 1) if spec.batch_first else input
     lengths, reset = extras
-    if lengths is not None and asked == "eager" and lengths.is_cpu:
-        segments.check_lengths(segments.integers(lengths), x.shape[0])
+    if lengths is not None and lengths.is_cpu:
+        _check_values(lengths, x.shape[0])
     own = Mask(
         None if lengths is None else _savable(lengths.to(x.device, torch.int64, non_blocking=True).contiguous()),
         None if reset is None else _savable((reset.t() if spec.batch_first else reset).to(x.device, non_blocking=True)),
@@ -153,6 +188,14 @@ def _run_masked(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Sequ
         t.transpose(0, 1) if spec.batch_first and t is not None else t for t in (found.output, found.cells)
     )
     return _as_torch_has_it(output, found.states, cells)
+
+
+def _check_values(lengths: Tensor, steps: int) -> None:
+    """Raises where a length is not from 0 to T; a graph does so when it runs, unless it has transforms in it."""
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
+        segments.check_lengths(segments.integers(lengths), steps)
+    elif not torch._C._are_functorch_transforms_active():
+        torch._assert_async(((lengths >= 0) & (lengths <= steps)).all(), segments.BAD_LENGTHS.format(steps))
 
 
 def _savable(t: Tensor) -> Tensor:

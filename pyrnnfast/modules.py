@@ -121,8 +121,9 @@ class _Layers(_Ours, torch.nn.RNNBase):
             hx: [num_layers·D, B, H] (without B when unbatched), a pair of them for the LSTM; None: zeros
             lengths: [B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are
                 real. Padding is never read; outputs there are zero, and final states are those after the last real
-                step. On CUDA nobody waits for their values, but under torch.func, and those of a CUDA tensor beyond
-                0 … T are taken for the nearest
+                step. On CUDA, our kernels and the reference do not wait for their values, and take those of a CUDA
+                tensor beyond 0 … T for the nearest; for torch's layers (:func:`pyrnnfast.explain` tells who takes a
+                call) the sequences are packed, which does
             reset: [T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the
                 start of an episode or of a document
 
@@ -298,7 +299,8 @@ class Explanation(NamedTuple):
     - ``"persistent"``: our kernels on CUDA, the whole sequence in one launch
     - ``"cudnn"``: the module of torch.nn, by choice: our kernels might serve the call, but were not measured to be
       faster there, or are not built
-    - ``"reference"``: torch's operators, step by step, for derivatives that the kernels do not have
+    - ``"reference"``: torch's operators, step by step, for derivatives that the kernels do not have; on CUDA, where no
+      kernel is chosen, for what torch's layers do not have either
     - ``"torch"``: the module of torch.nn
     """
 

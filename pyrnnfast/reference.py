@@ -1,14 +1,15 @@
 """The recurrences as the textbook has them: plain torch, one step at a time.
 
-Slow and plain on purpose. This is the ground truth of the tests, and the road of the derivative that the kernels do not
-have: double backward. The equations stand here and in ``csrc/cells.h``, and nowhere else.
+Slow and plain on purpose. This is the ground truth of the tests, and the road of what the kernels do not have, such as
+double backward. The equations stand here and in ``csrc/cells.h``, and nowhere else.
 
 Shapes: ``T`` steps, ``B`` sequences, ``I`` inputs, ``H`` hidden units, ``G`` gates (1, 3 or 4), ``D`` directions,
 ``N = sum(batch_sizes)`` rows of time-major data, longest sequences first, as in ``PackedSequence``; dense data have the
-constant batch size ``B``. Gate order and parameter names are torch's.
+constant batch size ``B``; padded data are [T, B, I]. Gate order and parameter names are torch's.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +57,14 @@ def lstm(xgates: Tensor, hgates: Tensor, state: State) -> State:
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
+class Padding(NamedTuple):
+    """Which steps of padded data sequences have, and where they begin anew; [T, B], bool."""
+
+    real: Tensor
+    reset: Tensor
+    """Whether the state is cleared before the step, in the order of time."""
+
+
 STEPS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
     "rnn_tanh": rnn_tanh,
     "rnn_relu": rnn_relu,
@@ -96,29 +105,56 @@ def direction(
     return tuple(torch.cat(parts) for parts in zip(*(outputs[t] for t in order), strict=True)), final
 
 
+def direction_of_padded(
+    cell: str, x: Tensor, initial: State, weights: Weights, padding: Padding, reverse: bool
+) -> tuple[State, State]:
+    """:func:`direction` of x [T, B, I]. Nothing follows from what stands in the padding; states there are zero."""
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    assert weight_ih is not None and weight_hh is not None
+    real, reset = (t.unsqueeze(-1) for t in padding)
+    # Zeros are multiplied instead, as zero times NaN is no zero in the gradients.
+    xgates = F.linear(x.where(real, x.new_zeros(())), weight_ih, bias_ih)
+    steps = x.shape[0]
+    state, outputs = initial, {}
+    for t in reversed(range(steps)) if reverse else range(steps):
+        goes_on, begins = real[t], t + 1 if reverse else t
+        if begins < steps:
+            goes_on = goes_on & ~(reset[begins] & real[begins])
+        before = tuple(s.where(goes_on, s.new_zeros(())) for s in state)
+        after = STEPS[cell](xgates[t], F.linear(before[0], weight_hh, bias_hh), before)
+        state = tuple(a.where(real[t], s) for a, s in zip(after, state, strict=True))
+        outputs[t] = tuple(s.where(real[t], s.new_zeros(())) for s in state)
+    return tuple(torch.stack(parts) for parts in zip(*(outputs[t] for t in range(steps)), strict=True)), state
+
+
 def layer(
-    cell: str, x: Tensor, initial: State | None, weights: Sequence[Weights], batch_sizes: Sequence[int]
+    cell: str, x: Tensor, initial: State | None, weights: Sequence[Weights], steps: Sequence[int] | Padding
 ) -> tuple[State, State]:
     """One layer in one or both directions, the second one backward in time.
 
     Args:
-        x: [N, I]
+        x: [N, I]; [T, B, I] when padded
         initial: [D, B, H] each; None: zeros
         weights: of each direction
+        steps: ``batch_sizes``, or what there is of padded data
 
     Returns:
-        The states of both directions side by side after every step [N, D·H] each, the first of which is the output; and
-        the final ones [D, B, H] each.
+        The states of both directions side by side after every step [N, D·H] (padded: [T, B, D·H]) each, the first of
+        which is the output; and the final ones [D, B, H] each.
     """
     weight_hh = weights[0][1]
     assert weight_hh is not None
     if initial is None:
-        zeros = x.new_zeros(len(weights), batch_sizes[0], weight_hh.shape[1])
+        batch = x.shape[1] if isinstance(steps, Padding) else steps[0]
+        zeros = x.new_zeros(len(weights), batch, weight_hh.shape[1])
         initial = (zeros, zeros) if cell == "lstm" else (zeros,)
-    runs = [
-        direction(cell, x, tuple(s[d] for s in initial), weights[d], batch_sizes, reverse=d == 1)
-        for d in range(len(weights))
-    ]
+    runs = []
+    for d, own in enumerate(weights):
+        first = tuple(s[d] for s in initial)
+        if isinstance(steps, Padding):
+            runs.append(direction_of_padded(cell, x, first, own, steps, reverse=d == 1))
+        else:
+            runs.append(direction(cell, x, first, own, steps, reverse=d == 1))
     final = tuple(torch.stack(states) for states in zip(*(state for _, state in runs), strict=True))
     return tuple(torch.cat(parts, -1) for parts in zip(*(states for states, _ in runs), strict=True)), final
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 Integers = NDArray[np.int64]
 
+BAD_LENGTHS = "lengths must be from 0 to {}, the number of steps of the input"
+
 
 class Segments(NamedTuple):
     """N rows in S segments of B sequences, the longest first; L is its length. int64, but for the masks."""
@@ -39,15 +41,10 @@ def values(t: Tensor) -> NDArray[Any]:
     """What is in a tensor.
 
     Inside torch.func's transforms too: they wrap whatever goes through one of torch's operators, and the memory of a
-    wrapped tensor cannot be read.
-
-    Raises:
-        ValueError: vmap maps over it.
+    wrapped tensor cannot be read. What vmap maps over comes with that dimension.
     """
-    while torch._C._functorch.is_gradtrackingtensor(t):
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
         t = torch._C._functorch.get_unwrapped(t)
-    if torch._C._functorch.is_batchedtensor(t):
-        raise ValueError("lengths and reset cannot be mapped over by vmap: what is computed follows their values")
     with torch._C._DisableFuncTorch():
         return t.cpu().numpy()
 
@@ -65,7 +62,7 @@ def integers(t: Tensor) -> Integers:
 def check_lengths(length: Integers, steps: int) -> None:
     """Raises ValueError where a length is not from 0 to T."""
     if ((length < 0) | (length > steps)).any():
-        raise ValueError(f"lengths must be from 0 to {steps}, the number of steps of the input")
+        raise ValueError(BAD_LENGTHS.format(steps))
 
 
 def of_padded(lengths: Tensor | None, reset: Tensor | None, steps: int, batch: int, batch_first: bool) -> Segments:

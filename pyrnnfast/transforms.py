@@ -18,7 +18,6 @@ from .autograd import (
     beyond_kernels,
     differentiable,
     differentiable_backward,
-    reference_layer,
     second_backward,
 )
 from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
@@ -211,14 +210,14 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def on_kernels(packed: bool) -> bool:
-    """Whether the kernels serve the transforms that are active; forward mode is one of them.
+def on_kernels() -> bool:
+    """Whether the kernels serve the transforms that are active, of dense data; forward mode is one of them.
 
     Where somebody records operators as well, they get those that the reference is made of.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return not packed and _active() in _SERVED and torch.autograd.forward_ad._current_level < 0
+    return _active() in _SERVED and torch.autograd.forward_ad._current_level < 0
 
 
 def _active() -> list[TransformType]:
@@ -235,9 +234,7 @@ def layer(
     cell_states: bool,
 ) -> Outputs:
     """:func:`pyrnnfast.autograd.layer` under the transforms that are active."""
-    if not on_kernels(batch_sizes is not None):
-        found = reference_layer(cell, x, batch_sizes, h0, c0, weights)
-        return found if cell_states else found._replace(cells=None)
+    assert batch_sizes is None
     keep = TransformType.Grad in _active() or differentiable(x, h0, c0, *weights)
     y, h_n, c_n, cells, _ = _Layer.apply(cell, keep, x, h0, c0, *weights)
     return Outputs(y, h_n, c_n, cells if cell_states else None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 from cases import Case, gradients, result_weights
+from stand_in import install
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -118,11 +119,14 @@ CASES = (
 KINDS = ("whole", "lengths", "reset", "both", "packed")
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "CUDA without kernels"])
 @pytest.mark.parametrize(
     ("case", "kind"), [(c, kind) for c in CASES for kind in KINDS[: 4 if c.unbatched else 5]], ids=str
 )
-def test_against_the_reference(case: Case, kind: str) -> None:
+def test_against_the_reference(case: Case, kind: str, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values; gradients of all results together and of each alone; and the same values where none are wanted."""
+    if not kernels:
+        install(monkeypatch, None, reason="there are none")
     module = lstm(case)
     x, states = case.operands(torch.float64)
     lengths, reset = [case.steps] * case.batch, torch.zeros(case.steps, case.batch, dtype=torch.bool)
@@ -170,6 +174,22 @@ def test_bfloat16() -> None:
     for name, t in {"cells": expected["cells"].detach(), **theirs}.items():
         own = {"cells": found["cells"].detach(), **ours}[name].float()
         assert (own - t).abs().max() < 2 * UNIT * t.abs().max(), name
+
+
+def test_double_backward_in_bfloat16() -> None:
+    """Whose cell states are float32 on their way."""
+    case = replace(PLAIN, bidirectional=True)
+
+    def second(dtype: torch.dtype) -> Tensor:
+        module = lstm(case, torch.bfloat16).to(dtype)
+        x, states = case.operands(torch.bfloat16)
+        x = x.detach().to(dtype).requires_grad_()
+        found = run(case, module, x, tuple(s.detach().to(dtype) for s in states))
+        (first,) = torch.autograd.grad(sum(found[name].sin().sum() for name in OUTPUTS), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    found, expected = second(torch.bfloat16), second(torch.float64)
+    assert (found - expected).norm() < 4 * UNIT * expected.norm()
 
 
 def test_under_autocast() -> None:
@@ -298,9 +318,9 @@ def test_for_the_lstm_alone() -> None:
 
 def test_not_on_torchs_own_road() -> None:
     """torch has no such result."""
-    with pytest.raises(ValueError, match="for our kernels alone, but a projection"):
+    with pytest.raises(ValueError, match="or cell_states, and a projection"):
         lstm(PLAIN, torch.float32, proj_size=2)(torch.zeros(7, 5, 3))
-    with pytest.raises(ValueError, match="for our kernels alone, but the input has 4 features"):
+    with pytest.raises(ValueError, match="or cell_states, and the input has 4 features"):
         lstm(PLAIN, torch.float32)(torch.zeros(7, 5, 4))
 
 

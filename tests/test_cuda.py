@@ -25,6 +25,7 @@ import pyrnnfast
 from pyrnnfast import amp, cuda, functional, ops
 from pyrnnfast.choices import Problem, Table
 
+RECORDED = of(row(2.0, shape=[1000, 1, 1, 1]))  # of this card, but nothing like the calls below
 LAYER = Case("lstm", steps=10, batch=4, inputs=8, hidden=16)
 SHAPE = [10, 4, 8, 16]
 
@@ -417,68 +418,119 @@ def test_tf32_follows_the_switches_of_torch(switch: str, dtype: torch.dtype, fak
 # What torch's layers do not have ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [None, "cudnn"])
-def test_lengths_and_resets_run_on_ours(path: str | None, fake: Fake) -> None:
+NO_RECORD = "our kernels have no record from a card of compute capability 9.0"
+LENGTHS = torch.tensor([10, 0, 3, 7], dtype=torch.int32)
+
+
+def test_lengths_and_resets_on_ours(fake: Fake) -> None:
     """What the kernels make of them: tests/cuda_host/test_masks.py."""
     module, x = LAYER.module(pyrnnfast), LAYER.operands()[0]
-    lengths, reset = torch.tensor([10, 0, 3, 7], dtype=torch.int32), torch.rand(10, 4) < 0.2
-    with cuda.use(path):
-        assert explained(lengths=lengths) == (
-            "fused",
-            "served by pyrnnfast._cuda: torch's layers have no lengths or reset",
-        )
-        output, _ = module(x, lengths=lengths, reset=reset)
+    reset = torch.rand(10, 4) < 0.2
+    with cuda.use("step"):
+        assert explained(lengths=LENGTHS) == ("fused", "served by pyrnnfast._cuda: it is asked for")
+        output, _ = module(x, lengths=LENGTHS, reset=reset)
         output.sum().backward()
     assert [p[:2] for p in fake.passes] == [("forward", "step"), ("backward", "step")]
     assert len(fake.masks) == 2
     for mask in fake.masks:
-        torch.testing.assert_close(mask.lengths, lengths.long())
+        torch.testing.assert_close(mask.lengths, LENGTHS.long())
         torch.testing.assert_close(mask.reset, reset)
+
+
+@pytest.mark.parametrize("path", [None, "cudnn"])
+def test_lengths_and_resets_are_packed_for_torch(path: str | None, fake: Fake) -> None:
+    """What comes of it: tests/test_lengths.py."""
+    module, x = LAYER.module(pyrnnfast), LAYER.operands()[0]
+    with cuda.use(path):
+        assert explained(lengths=LENGTHS) == ("cudnn", "it is asked for" if path else NO_RECORD)
+        assert explained(reset=torch.ones(10, 4, dtype=torch.bool)).path == "cudnn"
+        module(x, lengths=LENGTHS)[0].sum().backward()
+    assert fake.passes == []
+
+
+def test_lengths_and_resets_where_packed_input_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed is what torch's layers would get."""
+    for ratio, path in ((0.5, "fused"), (2.0, "cudnn")):
+        module = Fake()
+        install(monkeypatch, module, of(row(ratio, shape=SHAPE, packed=True)))
+        assert explained(lengths=LENGTHS).path == path
+        assert explained().path == "cudnn"
+        LAYER.module(pyrnnfast)(LAYER.operands()[0], lengths=LENGTHS)
+        assert len(module.masks) == (path == "fused")
+
+
+def test_a_projection_has_no_lengths(fake: Fake) -> None:
+    module = pyrnnfast.LSTM(8, 16, proj_size=3)
+    with pytest.raises(ValueError, match=r"or cell_states, and a projection \(proj_size\) is left to torch"):
+        module(torch.ones(10, 4, 8), lengths=LENGTHS)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64], ids=str)
 def test_lengths_in_narrow_integers(dtype: torch.dtype, fake: Fake) -> None:
     """Compared in their own type, 300 would be 44 there."""
     x = torch.randn(300, 2, 8)
-    LAYER.module(pyrnnfast)(x, lengths=torch.tensor([100, 50], dtype=dtype))
-    assert fake.masks[0].lengths.tolist() == [100, 50]
-    with pytest.raises(ValueError, match="lengths must be from 0 to 30"):
-        LAYER.module(pyrnnfast)(x[:30], lengths=torch.tensor([100, 50], dtype=dtype))
+    with cuda.use("step"):
+        LAYER.module(pyrnnfast)(x, lengths=torch.tensor([100, 50], dtype=dtype))
+        assert fake.masks[0].lengths.tolist() == [100, 50]
+        with pytest.raises(ValueError, match="lengths must be from 0 to 30"):
+            LAYER.module(pyrnnfast)(x[:30], lengths=torch.tensor([100, 50], dtype=dtype))
 
 
 def test_lengths_and_resets_of_inference_mode(fake: Fake) -> None:
     with torch.inference_mode():
         lengths, reset = torch.tensor([10, 0, 3, 7]), torch.zeros(10, 4, dtype=torch.bool)
     module, x = LAYER.module(pyrnnfast), LAYER.operands()[0]
-    module(x, lengths=lengths, reset=reset)[0].sum().backward()
-    assert x.grad is not None
+    for path in ("step", None):
+        with cuda.use(path):
+            module(x, lengths=lengths, reset=reset)[0].sum().backward()
+        assert x.grad is not None
+        x.grad = None
 
 
-def test_lengths_that_are_on_the_cpu_are_looked_at(fake: Fake) -> None:
-    with pytest.raises(ValueError, match="lengths must be from 0 to 10, the number of steps of the input"):
+@pytest.mark.parametrize("path", [None, "step"])
+def test_lengths_that_are_on_the_cpu_are_looked_at(path: str | None, fake: Fake) -> None:
+    with cuda.use(path), pytest.raises(ValueError, match="lengths must be from 0 to 10, the number of steps"):
         LAYER.module(pyrnnfast)(LAYER.operands()[0], lengths=torch.tensor([10, 11, 0, 1]))
 
 
-def test_cell_states_run_on_ours(fake: Fake) -> None:
+CELL_STATES = {
+    "recorded": ("fused", "served by pyrnnfast._cuda: torch's layers have no cell_states"),
+    "asked for": ("fused", "served by pyrnnfast._cuda: it is asked for"),
+    "not recorded": ("reference", f"torch's layers have no cell_states, and {NO_RECORD}"),
+    "cudnn": ("reference", "torch's layers have no cell_states, and it is asked for"),
+    "missing": ("reference", "torch's layers have no cell_states, and this build has no kernels"),
+}
+
+
+@pytest.mark.parametrize("when", CELL_STATES)
+def test_cell_states(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    module = pyrnnfast.LSTM(8, 16, cell_states=True)
-    x = torch.randn(10, 4, 8)
-    assert pyrnnfast.explain(module, x) == (
-        "fused",
-        "served by pyrnnfast._cuda: torch's layers have no cell_states",
+    module, x = pyrnnfast.LSTM(8, 16, cell_states=True), torch.randn(10, 4, 8)
+    expected = module(x)
+    fake = None if when == "missing" else Fake()
+    install(
+        monkeypatch,
+        fake,
+        RECORDED if when == "recorded" else None,
+        reason=None if fake else "this build has no kernels",
     )
-    _, (_, c_n), cells = module(x)
-    torch.testing.assert_close(cells[-1], c_n[0])
-    assert fake.passes == [("forward", "step", True)]
+    with cuda.use({"asked for": "step", "cudnn": "cudnn"}.get(when)):
+        assert pyrnnfast.explain(module, x) == CELL_STATES[when]
+        torch.testing.assert_close(module(x), expected)
+    if fake is not None:
+        assert fake.passes == [("forward", "step", True)] * (CELL_STATES[when][0] == "fused")
 
 
-def test_without_kernels_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, None, reason="this build has no kernels")
-    x = LAYER.operands()[0]
-    with pytest.raises(ValueError, match="for our kernels alone, but this build has no kernels"):
-        LAYER.module(pyrnnfast)(x, lengths=torch.tensor([1, 2, 3, 4]))
-    with pytest.raises(ValueError, match="for our kernels alone, but this build has no kernels"):
-        pyrnnfast.LSTM(8, 16, cell_states=True)(x)
+def test_cell_states_with_lengths_without_a_record(fake: Fake) -> None:
+    """More of it: tests/test_cell_states.py."""
+    module, x = pyrnnfast.LSTM(8, 16, cell_states=True), torch.randn(10, 4, 8)
+    assert pyrnnfast.explain(module, x, lengths=LENGTHS).path == "reference"
+    y, (h_n, c_n), cells = module(x, lengths=LENGTHS)
+    assert torch.equal(h_n[0, 2], y[2, 2])
+    assert torch.equal(c_n[0, 2], cells[2, 2])
+    with pytest.raises(ValueError, match="lengths must be from 0 to 9, the number of steps"):
+        module(x[:9], lengths=LENGTHS)
+    assert fake.passes == []
 
 
 def test_cells_are_torchs_until_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -610,9 +662,6 @@ def test_second_derivatives_under_autocast(autocast: torch.dtype, fake: Fake) ->
 # Graphs and transforms --------------------------------------------------------------------------------------------
 
 
-RECORDED = of(row(2.0, shape=[1000, 1, 1, 1]))  # of this card, but nothing like the calls below
-
-
 @pytest.fixture
 def compiled() -> Iterator[Callable[..., Any]]:
     torch._dynamo.reset()
@@ -654,10 +703,34 @@ def test_compiled_as_asked(path: str | None, passes: int, compiled: Callable[...
 def test_compiled_lengths(compiled: Callable[..., Any], fake: Fake) -> None:
     """Read on the device, in a graph, too."""
     layer, x, lengths = LAYER.module(pyrnnfast), LAYER.operands()[0], torch.tensor([3, 10, 0, 5])
-    y, _ = compiled(layer)(x, lengths=lengths)
-    y.sum().backward()
+    with cuda.use("step"):
+        y, _ = compiled(layer)(x, lengths=lengths)
+        y.sum().backward()
     assert fake.passes == [("forward", "step", True), ("backward", "step", True)]
     assert [m.lengths.tolist() for m in fake.masks] == [lengths.tolist()] * 2
+
+
+def test_compiled_lengths_without_a_record(compiled: Callable[..., Any], fake: Fake) -> None:
+    """By the operators of torch, which a graph has of its layers too."""
+    case = Case("gru", 5, 4, 8, 16, layers=2, bidirectional=True)
+    layer, x, lengths = case.module(pyrnnfast), case.operands()[0], torch.tensor([3, 5, 0, 5])
+    reset = torch.zeros(5, 4, dtype=torch.bool).index_fill(0, torch.tensor([2]), True)
+    given = {"lengths": lengths, "reset": reset}
+    call = compiled(layer)
+    found, expected = [
+        (y, h_n, *torch.autograd.grad(y.sin().sum() + h_n.sum(), [x, *layer.parameters()]))
+        for y, h_n in (call(x, **given), layer(x, **given))
+    ]
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="lengths must be from 0 to 5, the number of steps"):
+        call(x, lengths=lengths + 1, reset=reset)
+    assert fake.passes == []
+
+
+def test_compiled_cell_states_without_a_record(compiled: Callable[..., Any], fake: Fake) -> None:
+    layer, x = pyrnnfast.LSTM(8, 16, cell_states=True), torch.randn(5, 4, 8)
+    torch.testing.assert_close(compiled(layer)(x), layer(x))
+    assert fake.passes == []
 
 
 def test_compiled_steps_stay_torchs(compiled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -710,6 +783,21 @@ def test_transforms_without_a_record(fake: Fake) -> None:
     torch.testing.assert_close(torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1], found.sum())
     torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum())(x)
     assert paths == ["torch", "reference", "reference"]
+    assert fake.passes == []
+
+
+def test_transforms_of_lengths_without_a_record(fake: Fake) -> None:
+    layer, x = LAYER.module(pyrnnfast), torch.randn(10, 4, 8)
+
+    def loss(x: Tensor) -> Tensor:
+        assert pyrnnfast.explain(layer, x, lengths=LENGTHS).path == "reference"
+        y: Tensor = layer(x, lengths=LENGTHS)[0]
+        return y.sum()
+
+    found = torch.func.grad(loss)(x)
+    leaf = x.clone().requires_grad_()
+    layer(leaf, lengths=LENGTHS)[0].sum().backward()
+    torch.testing.assert_close(found, leaf.grad)
     assert fake.passes == []
 
 

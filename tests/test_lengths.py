@@ -1,12 +1,13 @@
 """``lengths``, ``reset`` and nested tensors, against every segment of every sequence by itself on the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from cases import CELLS, Case, gradients
+from stand_in import install
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -119,20 +120,32 @@ def assert_equal(case: Case, reset: Tensor | None, lengths: tuple[int, ...] | No
         torch.testing.assert_close(ours[name], t, rtol=1e-10, atol=1e-12, msg=name)
 
 
+@pytest.fixture(params=["kernels", "packed for torch", "reference"])
+def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The three that a call can take: the last ones as where CUDA has no kernels, and as forward mode has it."""
+    if request.param == "packed for torch":
+        install(monkeypatch, None, reason="there are none")
+    if request.param == "reference":
+        with torch.autograd.forward_ad.dual_level():
+            yield
+    else:
+        yield
+
+
 @every_case
 @every_lengths
-def test_lengths(case: Case, lengths: tuple[int, ...] | None) -> None:
+def test_lengths(case: Case, lengths: tuple[int, ...] | None, road: None) -> None:
     assert_equal(case, None, lengths, float("nan"))
 
 
 @every_case
 @every_lengths
-def test_resets(case: Case, lengths: tuple[int, ...] | None) -> None:
+def test_resets(case: Case, lengths: tuple[int, ...] | None, road: None) -> None:
     assert_equal(case, resets(case), lengths, float("inf"))
 
 
 @every_case
-def test_a_reset_at_every_step(case: Case) -> None:
+def test_a_reset_at_every_step(case: Case, road: None) -> None:
     assert_equal(case, torch.ones(case.steps, case.batch, dtype=torch.bool), None, 0.0)
 
 
@@ -253,19 +266,32 @@ def test_torch_func(cell: str, batch_first: bool, dtype: torch.dtype) -> None:
     torch.testing.assert_close(each, torch.stack([by_autograd(one)[1] for one in xs]), rtol=1e-9, atol=1e-11)
 
 
+@every_cell
 @pytest.mark.parametrize("name", ["lengths", "reset"])
-def test_vmap_does_not_map_over(name: str) -> None:
-    module = pyrnnfast.GRU(I, H)
-    given = torch.tensor([RAGGED, RAGGED]) if name == "lengths" else torch.stack([RESET, RESET])
-    with pytest.raises(ValueError, match="cannot be mapped over by vmap"):
-        torch.func.vmap(lambda one: module(torch.zeros(T, B, I), **{name: one})[0])(given)
+def test_vmap_maps_over(name: str, cell: str) -> None:
+    case = of_all_options(cell, steps=T)
+    module = case.module(pyrnnfast, torch.float64)
+    x = case.operands(torch.float64)[0].detach()
+    given = torch.tensor([RAGGED, RAGGED[::-1]]) if name == "lengths" else torch.stack([RESET, RESET.flip(0)])
 
     def loss(x: Tensor, one: Tensor) -> Tensor:
-        result: Tensor = module(x, **{name: one.clone()})[0].sum()  # a clone has a wrapper for the gradient too
+        result: Tensor = module(x, **{name: one.clone()})[0].sin().sum()  # a clone has a wrapper for the gradient too
         return result
 
-    with pytest.raises(ValueError, match="cannot be mapped over by vmap"):
-        torch.func.vmap(torch.func.grad(loss), (None, 0))(torch.zeros(T, B, I), given)
+    def gradient(one: Tensor) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf, one), leaf)[0]
+
+    found = torch.func.vmap(loss, (None, 0))(x, given)
+    torch.testing.assert_close(found, torch.stack([loss(x, one) for one in given]))
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(x, given)
+    torch.testing.assert_close(each, torch.stack([gradient(one) for one in given]))
+
+
+def test_vmap_looks_at_lengths() -> None:
+    module, given = pyrnnfast.GRU(I, H), torch.tensor([RAGGED, (0, 1, T + 1, 2)])
+    with pytest.raises(ValueError, match=f"lengths must be from 0 to {T}"):
+        torch.func.vmap(lambda one: module(torch.zeros(T, B, I), lengths=one)[0])(given)
 
 
 @every_cell
@@ -386,7 +412,7 @@ def test_not_beside_packed_input(name: str) -> None:
 def test_not_on_torchs_own_road(name: str) -> None:
     """The kernels do not serve a projection, and torch does not know of lengths: to ignore them would be wrong."""
     module = pyrnnfast.LSTM(I, H, proj_size=2)
-    with pytest.raises(ValueError, match="for our kernels alone, but a projection"):
+    with pytest.raises(ValueError, match="or cell_states, and a projection"):
         module(torch.zeros(T, B, I), **{name: torch.tensor(RAGGED) if name == "lengths" else RESET})
 
 

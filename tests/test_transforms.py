@@ -10,7 +10,7 @@ from cases import CELLS, Case
 from torch import Tensor
 
 import pyrnnfast
-from pyrnnfast import transforms
+from pyrnnfast import autograd
 
 SAMPLES = 3
 
@@ -73,7 +73,7 @@ def forbid_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("the reference was used")
 
-    monkeypatch.setattr(transforms, "reference_layer", refuse)
+    monkeypatch.setattr(autograd, "reference_layer", refuse)
 
 
 @every_case

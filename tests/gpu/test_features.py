@@ -169,9 +169,10 @@ def test_grad_scaler() -> None:
 # What is ours alone -------------------------------------------------------------------------------------------------
 
 LENGTHS = (12, 1, 7, 0, 12, 3, 5, 5, 2)
+by_torch_too = pytest.mark.parametrize("path", [*oracle.PATHS, "cudnn"])
 
 
-@both
+@by_torch_too
 @every_cell
 @pytest.mark.parametrize("bidirectional", (False, True))
 @pytest.mark.parametrize("where", ("cpu", "cuda"))
@@ -196,7 +197,7 @@ def test_lengths(where: str, bidirectional: bool, cell: str, path: str) -> None:
         assert relative(a.detach().cpu(), b.detach()) < NEAR[cell]
 
 
-@pytest.mark.parametrize("path", [*oracle.PATHS, "cudnn"])
+@by_torch_too
 @every_cell
 def test_a_nested_input(cell: str, path: str) -> None:
     module = layer(cell, bidirectional=True)
@@ -208,7 +209,7 @@ def test_a_nested_input(cell: str, path: str) -> None:
         assert relative(found, expected) < NEAR[cell]
 
 
-@both
+@by_torch_too
 @every_cell
 def test_reset(cell: str, path: str) -> None:
     module = layer(cell)
@@ -225,7 +226,7 @@ def test_reset(cell: str, path: str) -> None:
         assert relative(a.detach().cpu(), b.detach()) < NEAR[cell]
 
 
-@both
+@by_torch_too
 def test_cell_states(path: str) -> None:
     module = pyrnnfast.LSTM(24, 64, cell_states=True, device=oracle.DEVICE, dtype=BF16)
     exact = copy.deepcopy(module).cpu().double()
