@@ -177,9 +177,9 @@ def reference_layer(
     else:
         sizes = [x.shape[1]] * x.shape[0] if steps is None else steps.tolist()
         states, final = reference.layer(cell, data.reshape(-1, x.shape[-1]), initial, by_direction, sizes)
-    y, *cells = (s.view(*x.shape[:-1], -1) for s in states)
+    y, *cells = (s.view(*x.shape[:-1], s.shape[-1]) for s in states)
     h_n, *c_n = (s.to(x.dtype) for s in final)
-    return Outputs(y.to(x.dtype), h_n, *c_n, *cells) if cells else Outputs(y.to(x.dtype), h_n, None, None)
+    return Outputs(y.to(x.dtype), h_n, *(c_n or (None,)), *(cells or (None,)))
 
 
 def _padding(mask: Mask, x: Tensor) -> reference.Padding:

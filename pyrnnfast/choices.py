@@ -7,8 +7,9 @@ gpu-check``). A record is an object with
 - ``tests_passed``, ``tests_failed``, ``sanitizer_errors``: counts. A record is green where tests ran, none failed, and
   compute-sanitizer found nothing; no other chooses anything
 - ``rows``: objects with ``cell`` ("rnn", "gru", "lstm"), ``mode`` ("inference", "training"), ``shape`` [T, B, I, H],
-  ``dtype`` ("float32"), ``tf32``, ``layers``, ``bidirectional``, ``packed``, ``path`` ("fused", "persistent"; rows of
-  "cudnn" say nothing of ours), ``ours_ms`` and ``torch_ms``; what else there is, is not read
+  ``dtype`` ("float32"), ``tf32``, ``layers``, ``bidirectional``, ``packed``, ``padded`` (with lengths, which torch's
+  layers get packed), ``path`` ("fused", "persistent"; rows of "cudnn" say nothing of ours), ``ours_ms`` and
+  ``torch_ms``; what else there is, is not read
 
 Nothing here knows of torch: it is data and arithmetic.
 """
@@ -50,6 +51,8 @@ class Problem(NamedTuple):
     hidden: int
     bidirectional: bool
     packed: bool
+    padded: bool = False
+    """Dense, with lengths or resets: ours read them step by step, torch's layers get packed data."""
     layers: int = 1
 
     @property
@@ -151,6 +154,7 @@ def _row(given: Mapping[str, Any], source: str) -> Row:
         hidden,
         bidirectional=bool(given["bidirectional"]),
         packed=bool(given["packed"]),
+        padded=bool(given["padded"]),
         layers=int(given["layers"]),
     )
     return Row(problem, path, ours / theirs, source)
@@ -168,7 +172,7 @@ def _distance(a: Problem, b: Problem) -> float | None:
 
 
 def _key(capability: str, p: Problem) -> tuple[object, ...]:
-    return capability, _kind(p.cell), p.training, p.dtype, p.tf32, p.packed, p.bidirectional
+    return capability, _kind(p.cell), p.training, p.dtype, p.tf32, p.packed, p.padded, p.bidirectional
 
 
 class Table:

@@ -4,7 +4,8 @@ The choice is automatic. Ours run where a record from a real card says that they
 the call (the table and its format: :mod:`pyrnnfast.choices`); everywhere else torch's layers do, as without us: padded
 data with ``lengths`` or ``reset`` are packed for them. What they cannot do at all runs on ours where there is a record
 from a card of this kind, and else by torch's operators, step by step. :func:`use`, or the environment variable
-``PYRNNFAST_CUDA_PATH``, decides otherwise, and :func:`pyrnnfast.explain` tells what was decided.
+``PYRNNFAST_CUDA_PATH``, decides otherwise, and :func:`pyrnnfast.explain` tells what was decided. Whoever calls the
+operators of ops.py himself, or runs a graph in which they are recorded, has asked for ours.
 
 ``_cuda`` is imported when a CUDA tensor comes for the first time. It may be missing from a build, and loads where there
 is no driver.
@@ -39,7 +40,7 @@ Tensors = tuple[Tensor | None, ...]
 
 
 class Choice(NamedTuple):
-    """The road of a call, ``"fused"``, ``"persistent"``, ``"cudnn"`` or ``"torch"``, and why."""
+    """The road of a call, one of those of :class:`pyrnnfast.Explanation`, and why."""
 
     path: str
     reason: str
@@ -47,6 +48,11 @@ class Choice(NamedTuple):
     @property
     def ours(self) -> bool:
         return self.path in (FUSED, PERSISTENT)
+
+    @property
+    def by_torch(self) -> bool:
+        """By torch's own layers."""
+        return self.path in (CUDNN, "torch")
 
 
 # The path that is asked for ---------------------------------------------------------------------------------------
@@ -74,8 +80,8 @@ def use(path: str | None) -> Iterator[None]:
 
     Args:
         path: ``"step"``, which may be called ``"fused"`` too: a matrix product and a fused kernel for each step, for
-            every problem; ``"persistent"``: the whole sequence in one launch, where there is a plan for that, and
-            ``"step"`` elsewhere; ``"cudnn"``: torch's own layers; None: no path, not even the environment's
+            everything that has a kernel; ``"persistent"``: the whole sequence in one launch, where there is a plan for
+            that, and ``"step"`` elsewhere; ``"cudnn"``: torch's own layers; None: no path, not even the environment's
 
     Raises:
         ValueError: there is no such path.
@@ -236,8 +242,14 @@ def _planned(forms: Sequence[tuple[str, str]], reason: str) -> Choice:
     """Ours, in these forms of :func:`_forms`."""
     by_steps = next((why for form, why in forms if form != PERSISTENT and why), None)
     if all(form != PERSISTENT for form, _ in forms):
-        return Choice(FUSED, f"{reason}; a kernel for each step: {by_steps}" if by_steps else reason)
-    return Choice(PERSISTENT, f"{reason}; some passes with a kernel for each step: {by_steps}" if by_steps else reason)
+        return _of_ours(FUSED, f"{reason}; a kernel for each step: {by_steps}" if by_steps else reason)
+    return _of_ours(
+        PERSISTENT, f"{reason}; some passes with a kernel for each step: {by_steps}" if by_steps else reason
+    )
+
+
+def _of_ours(path: str, reason: str) -> Choice:
+    return Choice(path, f"served by pyrnnfast._cuda: {reason}")
 
 
 def _forms(index: int, call: Problem) -> list[tuple[str, str]]:
@@ -301,9 +313,9 @@ def _for_graph(index: int, path: str | None) -> tuple[str, str]:
     if missing is not None:
         return "torch", missing
     if path is not None:
-        return ("torch" if path == CUDNN else path), _ASKED
+        return ("torch", _ASKED) if path == CUDNN else _of_ours(path, _ASKED)
     if _capability(index) in table().capabilities:
-        return FUSED, "torch would record its own layers step by step"
+        return _of_ours(FUSED, "torch would record its own layers step by step")
     return "torch", _unrecorded(index)
 
 
@@ -394,7 +406,6 @@ def _pass(
     narrow = x.dtype is torch.float32 and tf32()
     weight_hh = weights[1]
     assert weight_hh is not None
-    # A mask of padded data leaves it what it is.
     packed = isinstance(batch_sizes, Tensor)
     steps = len(batch_sizes) if isinstance(batch_sizes, Tensor) else 1 if x.dim() == 2 else x.shape[0]
     batch = int(batch_sizes[0]) if isinstance(batch_sizes, Tensor) else x.shape[-2]
@@ -409,6 +420,7 @@ def _pass(
         weight_hh.shape[1],
         bidirectional=len(weights) > 4,
         packed=packed,
+        padded=batch_sizes is not None and not packed,
     )
     return _form(index, layer, back)[0], narrow
 

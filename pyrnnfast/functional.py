@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _cpu, amp, cuda, layers, obstacles, segments, transforms
-from .choices import Problem
+from .choices import FUSED, Problem
 from .layers import NO_EXTRAS, Extras
 from .obstacles import PLAIN, Spec
 
@@ -58,31 +58,27 @@ def call(
         extras = NO_EXTRAS  # no sequence has a length
     device = _device_type(weights)
     autocast = torch.is_autocast_enabled(device)
-    asked = obstacles.form(input)
-    input = _readable(asked, input)
-    reason, packed_by_torch = None, False
-    # First, so that a call which torch takes does not wait for what ours would ask.
-    if device == "cuda" and obstacles.recording_obstacle() is None:
-        obstacles.check_packed(spec, asked, input)
-        choice = _choice(spec, asked, input, hx, weights, extras)
-        if choice.path == "reference":
-            asked = "reference"
-        elif not choice.ours:
-            reason, packed_by_torch = (None, True) if extras else (choice.reason, False)
-    elif _by_reference(asked, input, extras):
-        asked = "reference"
-    operands = (input, hx, weights)
+    form = obstacles.form(input)
+    input = _readable(form, input)
+    operands, road = (input, hx, weights), None
+    reason = obstacles.recording_obstacle()
     if reason is None:
-        if autocast:
-            operands = amp.narrowed(device, spec, *operands)
-        reason = obstacles.obstacle(spec, asked, *operands)
-    if reason is not None:
+        obstacles.check_packed(spec, form, input)
+        road = _road(device, spec, form, input, hx, weights, extras)
+        if road.by_torch and not extras:
+            reason = road.reason  # without asking what it would not need
+        else:
+            if autocast:
+                operands = amp.narrowed(device, spec, *operands)
+            reason = obstacles.obstacle(spec, form, *operands)
+    if road is None or reason is not None:
         if extras or spec.cell_states:
             raise ValueError(f"torch has no lengths, reset or cell_states, and {reason}")
         obstacles.guard(spec, input, hx, weights)
         return otherwise(input, hx)
-    if packed_by_torch:
-        return layers.run_packed(spec, input, hx, extras, lambda x, h: call(spec, x, h, weights, otherwise))
+    if road.by_torch:
+        return layers.run_packed(spec, input, hx, extras, otherwise)
+    asked = "reference" if road.path == "reference" else form
     if not autocast:
         return layers.run(spec, asked, *operands, extras)
     with torch.autocast(device, enabled=False):
@@ -95,19 +91,16 @@ def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], extras: 
     if not spec.single_step and layers.is_jagged(input):
         input, hx, *_ = layers.pack_jagged(spec, input, hx)
     device = _device_type(weights)
-    autocast = torch.is_autocast_enabled(device)
-    asked = obstacles.form(input)
-    input = _readable(asked, input)
-    operands = amp.narrowed(device, spec, input, hx, weights) if autocast else (input, hx, weights)
-    reason = obstacles.obstacle(spec, asked, *operands)
+    form = obstacles.form(input)
+    input = _readable(form, input)
+    operands = input, hx, weights
+    if torch.is_autocast_enabled(device):
+        operands = amp.narrowed(device, spec, *operands)
+    reason = obstacles.obstacle(spec, form, *operands)
     if reason is not None:
         return "torch", reason
-    if device == "cuda":
-        choice = _choice(spec, asked, input, hx, weights, extras)
-        return choice.path, f"served by pyrnnfast._cuda: {choice.reason}" if choice.ours else choice.reason
-    if _by_reference(asked, input, extras):
-        return "reference", _BEYOND_KERNELS
-    return "fused", "served by pyrnnfast._cpu"
+    road = _road(device, spec, form, input, hx, weights, extras)
+    return road.path, road.reason
 
 
 def _readable(asked: str, input: Any) -> Any:
@@ -123,14 +116,22 @@ def _device_type(weights: Sequence[Any]) -> str:
     return "cuda" if isinstance(first, Tensor) and cuda.takes(first) else "cpu"
 
 
-def _choice(spec: Spec, asked: str, input: Any, hx: Any, weights: Sequence[Tensor], extras: Extras) -> cuda.Choice:
-    """Of a call with CUDA tensors, which may be wrong in any way yet: ours, the reference, or torch's."""
-    if _by_reference(asked, input, extras):
-        return cuda.Choice("reference", _BEYOND_KERNELS)
+def _road(
+    device: str, spec: Spec, form: str, input: Any, hx: Any, weights: Sequence[Tensor], extras: Extras
+) -> cuda.Choice:
+    """Of a call that may be wrong in any way yet: ours, the reference, or torch's."""
+    if form == "transforms":
+        if not transforms.on_kernels():
+            return cuda.Choice("reference", "derivatives that the kernels do not have")
+        if extras or isinstance(input, PackedSequence):
+            return cuda.Choice("reference", "no kernel transforms sequences of different lengths")
+    if device == "cpu":
+        return cuda.Choice(FUSED, "served by pyrnnfast._cpu")
     if spec.single_step and cuda.asked() is None:
         # A graph has them operator by operator, and fuses them; elsewhere torch has kernels of its own.
         return cuda.Choice("torch", "a step by ours was not measured against torch's own")
-    in_graph = asked == "transforms" or torch.compiler.is_compiling()
+    # Of lengths and resets the values are not known where operators are recorded.
+    in_graph = form == "transforms" or torch.compiler.is_compiling() or (form == "operators" and bool(extras))
     ours_alone = "cell_states" if spec.cell_states else "lengths or reset in a graph" if extras and in_graph else None
     if in_graph:
         choice = cuda.choose_for_graph(weights[0])
@@ -141,22 +142,8 @@ def _choice(spec: Spec, asked: str, input: Any, hx: Any, weights: Sequence[Tenso
     return cuda.Choice("reference", f"torch's layers have no {ours_alone}, and {choice.reason}")
 
 
-_BEYOND_KERNELS = "derivatives that the kernels do not have"
-
-
-def _by_reference(asked: str, input: Any, extras: Extras) -> bool:
-    """Whether a call is for transforms that no kernels serve."""
-    return asked == "transforms" and not (
-        transforms.on_kernels() and not extras and not isinstance(input, PackedSequence)
-    )
-
-
-def _problem(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], ragged: bool = False) -> Problem | None:
-    """What of a call its speed follows from; None where it is not even a call.
-
-    Args:
-        ragged: there are lengths or resets, so that torch's layers would get it packed
-    """
+def _problem(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], padded: bool = False) -> Problem | None:
+    """What of a call its speed follows from; None where it is not even a call."""
     packed = isinstance(input, PackedSequence) and not spec.single_step
     data = input.data if packed else input
     if not isinstance(data, Tensor) or data.dim() > 3 or data.numel() == 0:
@@ -181,7 +168,8 @@ def _problem(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], ragged:
         data.shape[-1],
         spec.hidden_size,
         bidirectional=spec.bidirectional,
-        packed=packed or ragged,
+        packed=packed,
+        padded=padded,
         layers=spec.num_layers,
     )
 
@@ -236,7 +224,8 @@ class Options(TypedDict, total=False):
     """[B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are real. Padding
     is never read; outputs there are zero, and the final states are those after the last real step. On CUDA, our kernels
     and the reference do not wait for their values, and take those of a CUDA tensor beyond 0 … T for the nearest; for
-    torch's layers (:func:`pyrnnfast.explain` tells who takes a call) the sequences are packed, which does."""
+    torch's layers (:func:`pyrnnfast.explain` tells who takes a call) the sequences are packed, which waits, and raises.
+    """
     reset: Tensor | None
     """[T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the start of an
     episode or of a document. Backward in time, it is cleared between the same two steps."""

@@ -99,7 +99,7 @@ def run_packed(spec: Spec, input: Any, hx: Hidden, extras: Extras, call: Callabl
     """An eager call with padded input and lengths or resets, for layers that have packed input alone.
 
     Args:
-        call: the layers on packed input, or on this where it is all there is, and initial states
+        call: the layers on packed input, or on this where it is all there, and initial states
     """
     _check(extras, input, spec.batch_first)
     unbatched = input.dim() == 2
@@ -168,7 +168,7 @@ def _run_segments(
     packed, first = _packed(found, input.reshape(-1, input.shape[-1]), hx, spec.directions)
     output, states, *cells = call(packed, first)
     output, *cells = (
-        segments.scatter(found, t.data, steps * batch).view(*input.shape[:2], -1) for t in (output, *cells)
+        segments.scatter(found, t.data, steps * batch).view(*input.shape[:2], t.data.shape[1]) for t in (output, *cells)
     )
     return output, _final_states(found, states, hx, spec.directions), *cells
 
@@ -191,11 +191,13 @@ def _run_masked(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Sequ
 
 
 def _check_values(lengths: Tensor, steps: int) -> None:
-    """Raises where a length is not from 0 to T; a graph does so when it runs, unless it has transforms in it."""
+    """Raises where a length is not from 0 to T; a graph does so when it runs, unless transforms are recorded in it."""
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
         segments.check_lengths(segments.integers(lengths), steps)
     elif not torch._C._are_functorch_transforms_active():
-        torch._assert_async(((lengths >= 0) & (lengths <= steps)).all(), segments.BAD_LENGTHS.format(steps))
+        torch._assert_async(
+            ((lengths >= 0) & (lengths <= steps)).all(), "lengths must be from 0 to T, the number of steps of the input"
+        )
 
 
 def _savable(t: Tensor) -> Tensor:
@@ -333,7 +335,7 @@ def _like(output: Tensor, cells: Tensor | None) -> Tensor | None:
 def _run_step(
     spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Sequence[Tensor]
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One step of a cell without an obstacle, on our kernels. input: [B, I] or [I]; hx: [B, H] or [H] each."""
+    """One step of a cell without an obstacle. input: [B, I] or [I]; hx: [B, H] or [H] each."""
     if input.dim() == 1:
         states = _run_step(spec, asked, input.unsqueeze(0), _map(hx, Tensor.unsqueeze, 0), weights)
         return _map(states, Tensor.squeeze, 0)  # type: ignore[no-any-return]

@@ -123,7 +123,7 @@ class _Layers(_Ours, torch.nn.RNNBase):
                 real. Padding is never read; outputs there are zero, and final states are those after the last real
                 step. On CUDA, our kernels and the reference do not wait for their values, and take those of a CUDA
                 tensor beyond 0 … T for the nearest; for torch's layers (:func:`pyrnnfast.explain` tells who takes a
-                call) the sequences are packed, which does
+                call) the sequences are packed, which waits, and raises
             reset: [T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the
                 start of an episode or of a document
 

@@ -20,7 +20,7 @@ Tensors = tuple[Tensor | None, ...]
 
 
 class Mask(NamedTuple):
-    """Which steps of padded data are real, on a CUDA device, where nobody waits for it to know their values."""
+    """Which steps of padded data are real, for kernels on CUDA and the reference: nobody waits to know the values."""
 
     lengths: Tensor | None
     """[B], int64: how many steps each sequence has; beyond 0 … T as near."""

@@ -112,19 +112,21 @@ def direction_of_padded(
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     assert weight_ih is not None and weight_hh is not None
     real, reset = (t.unsqueeze(-1) for t in padding)
-    # Zeros are multiplied instead, as zero times NaN is no zero in the gradients.
+    # Whether the state before a step is one to go on from: not where it is padding, nor behind a reset, which backward
+    # in time is that of the step before.
+    begins = real & reset
+    goes_on = real & ~(torch.cat([begins[1:], torch.zeros_like(begins[:1])]) if reverse else begins)
+    # Zeros are multiplied instead of what is in the padding, as zero times NaN is no zero in the gradients.
     xgates = F.linear(x.where(real, x.new_zeros(())), weight_ih, bias_ih)
-    steps = x.shape[0]
-    state, outputs = initial, {}
-    for t in reversed(range(steps)) if reverse else range(steps):
-        goes_on, begins = real[t], t + 1 if reverse else t
-        if begins < steps:
-            goes_on = goes_on & ~(reset[begins] & real[begins])
-        before = tuple(s.where(goes_on, s.new_zeros(())) for s in state)
-        after = STEPS[cell](xgates[t], F.linear(before[0], weight_hh, bias_hh), before)
-        state = tuple(a.where(real[t], s) for a, s in zip(after, state, strict=True))
-        outputs[t] = tuple(s.where(real[t], s.new_zeros(())) for s in state)
-    return tuple(torch.stack(parts) for parts in zip(*(outputs[t] for t in range(steps)), strict=True)), state
+    state, outputs = initial, []
+    steps = list(zip(xgates.unbind(), real.unbind(), goes_on.unbind(), strict=True))
+    for xgates_t, real_t, goes_on_t in reversed(steps) if reverse else steps:
+        before = tuple(s.where(goes_on_t, s.new_zeros(())) for s in state)
+        after = STEPS[cell](xgates_t, F.linear(before[0], weight_hh, bias_hh), before)
+        state = tuple(a.where(real_t, s) for a, s in zip(after, state, strict=True))
+        outputs.append(state)
+    states = (torch.stack(parts[::-1] if reverse else parts) for parts in zip(*outputs, strict=True))
+    return tuple(s.where(real, s.new_zeros(())) for s in states), state
 
 
 def layer(

@@ -1,4 +1,4 @@
-"""Padded and nested batches, with sequences of any length and resets in the middle, as packed rows for the kernels.
+"""Padded and nested batches, with sequences of any length and resets in the middle, as packed rows.
 
 A reset clears the state before a step, so it begins a sequence of its own: a batch with ``lengths`` and ``reset`` is a
 set of segments, which are sorted by length and packed. Padding is never read, and segments run side by side.
@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Integers = NDArray[np.int64]
-
-BAD_LENGTHS = "lengths must be from 0 to {}, the number of steps of the input"
 
 
 class Segments(NamedTuple):
@@ -62,7 +60,7 @@ def integers(t: Tensor) -> Integers:
 def check_lengths(length: Integers, steps: int) -> None:
     """Raises ValueError where a length is not from 0 to T."""
     if ((length < 0) | (length > steps)).any():
-        raise ValueError(BAD_LENGTHS.format(steps))
+        raise ValueError(f"lengths must be from 0 to {steps}, the number of steps of the input")
 
 
 def of_padded(lengths: Tensor | None, reset: Tensor | None, steps: int, batch: int, batch_first: bool) -> Segments:

@@ -19,6 +19,7 @@ from stand_in import Fake, install
 from test_choices import of, record, row, table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence
 
 import pyrnnfast
@@ -448,15 +449,27 @@ def test_lengths_and_resets_are_packed_for_torch(path: str | None, fake: Fake) -
     assert fake.passes == []
 
 
-def test_lengths_and_resets_where_packed_input_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed is what torch's layers would get."""
-    for ratio, path in ((0.5, "fused"), (2.0, "cudnn")):
-        module = Fake()
-        install(monkeypatch, module, of(row(ratio, shape=SHAPE, packed=True)))
-        assert explained(lengths=LENGTHS).path == path
-        assert explained().path == "cudnn"
-        LAYER.module(pyrnnfast)(LAYER.operands()[0], lengths=LENGTHS)
-        assert len(module.masks) == (path == "fused")
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+@pytest.mark.parametrize("path", ["fused", "persistent"])
+def test_lengths_and_resets_where_they_were_measured(path: str, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Fake()
+    install(monkeypatch, module, of(row(ratio, shape=SHAPE, padded=True, path=path)))
+    assert explained(lengths=LENGTHS).path == (path if ratio < 1 else "cudnn")
+    assert explained().path == "cudnn"
+    LAYER.module(pyrnnfast)(LAYER.operands()[0], lengths=LENGTHS)[0].sum().backward()
+    form = {"fused": "step", "persistent": "persistent"}[path]
+    assert [p[:2] for p in module.passes] == ([("forward", form), ("backward", form)] if ratio < 1 else [])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_packed_for_torch_goes_to_torch(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is known of dense or packed calls: that is not what these are compared with."""
+    module = Fake()
+    install(monkeypatch, module, of(row(0.5, shape=SHAPE, packed=packed)))
+    for lengths in (LENGTHS, torch.full((4,), 10)):
+        assert explained(lengths=lengths) == ("cudnn", "no shape near this one was measured")
+        LAYER.module(pyrnnfast)(LAYER.operands()[0], lengths=lengths)
+    assert module.passes == []
 
 
 def test_a_projection_has_no_lengths(fake: Fake) -> None:
@@ -722,9 +735,53 @@ def test_compiled_lengths_without_a_record(compiled: Callable[..., Any], fake: F
         for y, h_n in (call(x, **given), layer(x, **given))
     ]
     torch.testing.assert_close(found, expected)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="lengths must be from 0 to 5, the number of steps"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="lengths must be from 0 to T, the number of steps"):
         call(x, lengths=lengths + 1, reset=reset)
     assert fake.passes == []
+
+
+def test_compiled_lengths_for_any_time(compiled: Callable[..., Any], fake: Fake) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layer = LAYER.module(pyrnnfast)
+    call: Any = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    with cuda.use("step"), torch.no_grad():
+        counts = []
+        for steps in (7, 10, 5):
+            call(torch.randn(steps, 4, 8), lengths=torch.tensor([3, 5, 0, 5]))
+            counts.append(counter.frame_count)
+        with pytest.raises(RuntimeError, match="lengths must be from 0 to T, the number of steps"):
+            call(torch.randn(3, 4, 8), lengths=torch.tensor([3, 5, 0, 5]))
+    assert {*counts, counter.frame_count} == {counts[0]}
+    assert len(fake.masks) == 3
+
+
+@pytest.mark.parametrize("path", [None, "step"])
+def test_compiled_lengths_of_nobody(path: str | None, compiled: Callable[..., Any], fake: Fake) -> None:
+    layer = LAYER.module(pyrnnfast)
+    with cuda.use(path), torch.no_grad():
+        y, (h_n, _) = compiled(layer)(torch.randn(5, 0, 8), lengths=torch.zeros(0, dtype=torch.int64))
+    assert y.shape == (5, 0, 16)
+    assert h_n.shape == (1, 0, 16)
+
+
+@pytest.mark.parametrize("path", [None, "step"])
+def test_recorded_lengths_are_not_settled(path: str | None, fake: Fake) -> None:
+    """Whoever records operators without torch.compile gets a function of the lengths, too."""
+    layer, x = LAYER.module(pyrnnfast), torch.randn(5, 4, 8)
+    lengths = torch.tensor([3, 5, 0, 1])
+
+    def call(x: Tensor, lengths: Tensor) -> Tensor:
+        y: Tensor = layer(x, lengths=lengths)[0]
+        return y
+
+    with cuda.use(path), torch.no_grad():
+        graph = make_fx(call)(x, torch.full((4,), 5))
+        assert "pyrnnfast.layer" in str(graph.code) if path else fake.passes == []
+        if path is None:
+            torch.testing.assert_close(graph(x, lengths), call(x, lengths))
+        else:
+            graph(x, lengths)
+            assert fake.masks[-1].lengths.tolist() == lengths.tolist()
 
 
 def test_compiled_cell_states_without_a_record(compiled: Callable[..., Any], fake: Fake) -> None:

@@ -619,11 +619,14 @@ def test_the_table_of_rows() -> None:
         for mode in ("inference", "training"):
             for dtype, tf32 in (("bfloat16", False), ("float16", False), ("float32", False), ("float32", True)):
                 mine = [r for r in table if (r.cell, r.mode, r.dtype, r.tf32) == (cell, mode, dtype, tf32)]
-                plain = {r.shape for r in mine if (r.layers, r.bidirectional, r.packed) == (1, False, False)}
+                plain = {
+                    r.shape for r in mine if (r.layers, r.bidirectional, r.packed or r.padded) == (1, False, False)
+                }
                 assert shapes <= plain
                 assert {r.shape[3] for r in mine if r.shape in plain} == {256, 512, 1024, 2048}
                 assert any(r.layers == 2 and r.bidirectional for r in mine)
                 assert any(r.packed for r in mine)
+                assert any(r.padded for r in mine)
     # Cut off early, there still is something of every kind.
     first = table[: len(table) // 6]
     assert {(r.cell, r.mode, r.dtype, r.tf32) for r in first} >= {
@@ -631,6 +634,7 @@ def test_the_table_of_rows() -> None:
     }
     assert any(r.layers == 2 and r.bidirectional for r in first)
     assert any(r.packed for r in first)
+    assert any(r.padded for r in first)
 
 
 def test_rows_of_some_cells_and_dtypes() -> None:
@@ -641,7 +645,7 @@ def test_rows_of_some_cells_and_dtypes() -> None:
 
 @pytest.mark.parametrize("mode", rows.MODES)
 @pytest.mark.parametrize("cell", rows.CELLS)
-@pytest.mark.parametrize("kind", ({}, {"packed": True}, {"layers": 2, "bidirectional": True}))
+@pytest.mark.parametrize("kind", ({}, {"packed": True}, {"padded": True}, {"layers": 2, "bidirectional": True}))
 def test_both_sides_do_the_same(kind: dict[str, Any], cell: str, mode: str) -> None:
     # On the CPU, where ours is `fused` whatever is asked for.
     row = Row(cell, mode, (5, 3, 4, 6), "float32", **kind)

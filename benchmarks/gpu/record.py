@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 Record = dict[str, Any]
 
 IDENTITY = ("device", "capability", "driver", "versions", "commit", "sources")
-ROW = ("cell", "mode", "shape", "dtype", "tf32", "layers", "bidirectional", "packed")
+ROW = ("cell", "mode", "shape", "dtype", "tf32", "layers", "bidirectional", "packed", "padded")
 """What makes a row one, besides its path."""
 
 

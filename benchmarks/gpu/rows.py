@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import pyrnnfast
 from pyrnnfast import cuda
@@ -51,11 +51,15 @@ class Row:
     layers: int = 1
     bidirectional: bool = False
     packed: bool = False
+    padded: bool = False
+    """With lengths, which are on the device. torch's side has to fetch them, and to pack and unpack."""
 
     def __str__(self) -> str:
         parts = [self.cell, self.mode, ",".join(map(str, self.shape)), "tf32" if self.tf32 else self.dtype]
         parts += [f"{self.layers} layers"] if self.layers > 1 else []
-        return " ".join(parts + ["bidirectional"] * self.bidirectional + ["packed"] * self.packed)
+        return " ".join(
+            parts + ["bidirectional"] * self.bidirectional + ["packed"] * self.packed + ["padded"] * self.padded
+        )
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self) | {"shape": list(self.shape)}
@@ -66,9 +70,10 @@ class Row:
 
     @property
     def lengths(self) -> list[int]:
-        """Of the sequences, longest first: if packed, every length from T down to about T/B."""
+        """Of the sequences, longest first: if packed or padded, every length from T down to about T/B."""
         steps, batch = self.shape[:2]
-        return [-(-steps * (batch - k) // batch) for k in range(batch)] if self.packed else [steps] * batch
+        ragged = self.packed or self.padded
+        return [-(-steps * (batch - k) // batch) for k in range(batch)] if ragged else [steps] * batch
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -102,6 +107,7 @@ def table(cells: Collection[str] = tuple(CELLS), kinds: Collection[str] = tuple(
     yield from rows(_FIRST)
     yield from rows(_shapes([128], [16], [512]), layers=2, bidirectional=True)
     yield from rows(_shapes([128], [64], [512]), packed=True)
+    yield from rows(_shapes([128], [64], [512]), padded=True)
     yield from rows(_SHORT)
     yield from rows(_shapes([128], [16], [512]), bidirectional=True)
     yield from rows(_shapes([128], [16], [256]), layers=2, bidirectional=True, packed=True)
@@ -146,23 +152,32 @@ def input_of(row: Row, like: Tensor) -> Tensor | PackedSequence:
     return pack_padded_sequence(x, torch.tensor(row.lengths)) if row.packed else x
 
 
+def extras_of(row: Row, like: Tensor) -> dict[str, Tensor]:
+    """What ours are given besides the input."""
+    return {"lengths": torch.tensor(row.lengths, device=like.device)} if row.padded else {}
+
+
 def step(row: Row, module: torch.nn.Module, x: Tensor | PackedSequence) -> Step:
     """The row's call on ``module``, to be made without gradients in inference."""
+    leaf = x.data if isinstance(x, PackedSequence) else x
+    extras = extras_of(row, leaf)
 
     def output() -> Tensor:
-        y: Tensor = module(x)[0].data  # of a tensor likewise, though without its history
-        return y
+        if row.padded and type(module) is CELLS[row.cell]:
+            # These are sorted, but most lengths are not.
+            packed = pack_padded_sequence(leaf, extras["lengths"].cpu(), enforce_sorted=False)
+            return pad_packed_sequence(module(packed)[0], total_length=row.shape[0])[0]
+        y = module(x, **extras)[0]
+        return y.data if isinstance(y, PackedSequence) else y
 
     if row.mode == "inference":
         return lambda: [output()]
-    leaf = x.data if isinstance(x, PackedSequence) else x
     leaves = [leaf.requires_grad_(), *module.parameters()]
     rows = (sum(row.batch_sizes),) if row.packed else row.shape[:2]
     gradient = _random(*rows, row.directions * row.shape[3], seed=2, like=leaf)
 
     def train() -> list[Tensor]:
-        y = module(x)[0]
-        y = y.data if isinstance(y, PackedSequence) else y
+        y = output()
         return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
 
     return train
@@ -185,11 +200,11 @@ def sides(row: Row, paths: Sequence[str], device: str = "cuda") -> dict[str, Ste
     """
     stock, ours = module(row, False, device), module(row, True, device)
     x = input_of(row, next(stock.parameters()))
-    call = step(row, ours, x)
+    call, extras = step(row, ours, x), extras_of(row, x.data)
     result = {"torch": step(row, stock, x)}
     for path in paths:
         with cuda.use(path):
-            taken = pyrnnfast.explain(ours, x).path
+            taken = pyrnnfast.explain(ours, x, **extras).path
         if taken == PATHS[path]:
             result[taken] = forced(path, call)
     return result

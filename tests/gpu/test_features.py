@@ -197,6 +197,23 @@ def test_lengths(where: str, bidirectional: bool, cell: str, path: str) -> None:
         assert relative(a.detach().cpu(), b.detach()) < NEAR[cell]
 
 
+@pytest.mark.parametrize("path", [*oracle.PATHS, None])
+@every_cell
+@pytest.mark.parametrize("how", ("autocast", "compiled"))
+def test_lengths_in_other_forms(how: str, cell: str, path: str | None) -> None:
+    module = layer(cell, torch.float32)
+    x, lengths = torch.randn(12, 9, 24, device=oracle.DEVICE), torch.tensor(LENGTHS, device=oracle.DEVICE)
+    expected = copy.deepcopy(module).cpu().double()(x.cpu().double(), lengths=lengths.cpu())[0]
+    if how == "compiled":
+        pyrnnfast.enable_compile()
+        torch.compiler.reset()
+        module = torch.compile(module, fullgraph=True)
+    with cuda.use(path), torch.autocast("cuda", enabled=how == "autocast"):
+        y, _ = module(x, lengths=lengths)
+    assert y.dtype is (torch.float16 if how == "autocast" else torch.float32)
+    assert relative(y.detach().cpu(), expected.detach()) < NEAR[cell]
+
+
 @by_torch_too
 @every_cell
 def test_a_nested_input(cell: str, path: str) -> None:
