@@ -9,8 +9,8 @@
 #include "check.h"
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
-#include "infer.h"
 #include "operands.h"
+#include "plain.h"
 #include "run.h"
 #include "tensor.h"
 
@@ -46,14 +46,36 @@ void product(const py::args& args, const py::kwargs& kwargs) {
   run(p, threads);
 }
 
-py::object infer(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"types", "cell", "inputs", "hidden", "x", "hx", "weights", "threads"};
-  const Arguments arguments("infer", names, args, kwargs);
-  for (const size_t i : {size_t{0}, size_t{6}}) {
-    if (!PyTuple_Check(arguments[i].ptr())) throw py::type_error(std::string(names[i]) + " must be a tuple");
-  }
-  return infer_plain(arguments[0].cast<py::tuple>(), arguments.text(1), arguments.integer(2), arguments.integer(3),
-                     arguments[4], arguments[5], arguments[6].cast<py::tuple>(), check_threads(arguments.integer(7)));
+py::tuple tuple_of(const Arguments& arguments, const std::vector<const char*>& names, size_t i) {
+  if (!PyTuple_Check(arguments[i].ptr())) throw py::type_error(std::string(names[i]) + " must be a tuple");
+  return py::reinterpret_borrow<py::tuple>(arguments[i]);
+}
+
+py::object forward_of_plain(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"types", "cell",    "inputs", "hidden", "x",
+                                                 "hx",    "weights", "grad",   "threads"};
+  const Arguments arguments("forward_plain", names, args, kwargs);
+  return forward_plain(tuple_of(arguments, names, 0), arguments.text(1), arguments.integer(2), arguments.integer(3),
+                       arguments[4], arguments[5], tuple_of(arguments, names, 6), arguments[7].ptr() == Py_True,
+                       check_threads(arguments.integer(8)));
+}
+
+py::object backward_of_plain(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"types", "cell", "needs",  "x",        "h0",       "c0",     "weights",
+                                                 "y",     "kept", "grad_y", "grad_h_n", "grad_c_n", "threads"};
+  const Arguments arguments("backward_plain", names, args, kwargs);
+  const PlainBackward operands{tuple_of(arguments, names, 2),
+                               arguments[3],
+                               arguments[4],
+                               arguments[5],
+                               tuple_of(arguments, names, 6),
+                               arguments[7],
+                               tuple_of(arguments, names, 8),
+                               arguments[9],
+                               arguments[10],
+                               arguments[11]};
+  return backward_plain(tuple_of(arguments, names, 0), arguments.text(1), operands,
+                        check_threads(arguments.integer(12)));
 }
 
 void check_batch_sizes_of(const py::args& args, const py::kwargs& kwargs) {
@@ -143,7 +165,8 @@ PYBIND11_MODULE(_cpu, m) {
   instruction_set_in_use();  // a bad PYRNNFAST_ISA fails here, at import
   m.def("forward", &forward);
   m.def("backward", &backward);
-  m.def("infer", &infer, "A plain dense layer, or step, without gradients; None for whatever is not so plain.");
+  m.def("forward_plain", &forward_of_plain, "A plain dense layer, or step; None for whatever is not so plain.");
+  m.def("backward_plain", &backward_of_plain, "Back through the same.");
   m.def("check_batch_sizes", &check_batch_sizes_of,
         "Raises ValueError unless batch_sizes are those of packed data of so many rows.");
   m.def("agree", &agree, "Whether tensors are plain ones of these types and shapes, and of one dtype of the kernels'.");

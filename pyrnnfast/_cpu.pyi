@@ -37,7 +37,7 @@ def backward(
     batch_sizes: Tensor | None,
     threads: int,
 ) -> None: ...
-def infer(
+def forward_plain(
     types: tuple[type, ...],
     cell: str,
     inputs: int,
@@ -45,8 +45,24 @@ def infer(
     x: object,
     hx: object,
     weights: tuple[object, ...],
+    grad: bool,
     threads: int,
-) -> Any: ...
+) -> tuple[Any, tuple[Tensor, ...] | None] | None: ...
+def backward_plain(
+    types: tuple[type, ...],
+    cell: str,
+    needs: tuple[bool, ...],
+    x: object,
+    h0: object,
+    c0: object,
+    weights: tuple[object, ...],
+    y: object,
+    kept: tuple[object, ...],
+    grad_y: object,
+    grad_h_n: object,
+    grad_c_n: object,
+    threads: int,
+) -> Tensors | None: ...
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None: ...
 def agree(types: tuple[type, ...], tensors: tuple[object, ...], shapes: tuple[tuple[int, ...], ...]) -> bool: ...
 def instruction_sets() -> list[str]: ...

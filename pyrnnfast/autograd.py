@@ -1,4 +1,4 @@
-"""A recurrent layer, and a step of a cell, as differentiable functions: the form of plain eager calls.
+"""A recurrent layer as a differentiable function: the form of plain eager calls.
 
 The first derivative is :mod:`pyrnnfast.passes`; one that has to be differentiated itself goes through
 :mod:`pyrnnfast.reference`. Under torch.compile and torch.func other forms are at work: ops.py and transforms.py.
@@ -11,21 +11,23 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _cpu, reference
+from .obstacles import PLAIN
 from .passes import (
-    CELLS,
     Gradients,
     Mask,
     Steps,
     Upstream,
+    apart,
     backward,
     cells_dtype,
     forward,
-    forward_step,
+    gradient,
     room_for_cells,
     room_for_gates,
     room_to_keep,
     side_by_side,
+    sizes,
 )
 
 _P = ParamSpec("_P")
@@ -117,42 +119,63 @@ class _Layer(torch.autograd.Function):
         return None, None, found.x, None, found.h0, found.c0, *found.weights
 
 
-class _Step(torch.autograd.Function):
-    """h[, c] = step(cell, x, h0, c0, *weights): a layer of one step and one direction, without its extra dimensions."""
+class _Plain(torch.autograd.Function):
+    """y, h_n[, c_n], or of a step h[, c], = plain(cell, results, kept, x, h0, c0, *weights)
+
+    ``_cpu.forward_plain`` has made the results; here is their derivative.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        h, _, c, kept = forward_step(cell, x, h0, c0, weights, room_to_keep(cell, x, weights))
+        ctx: Any,
+        cell: str,
+        results: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...],
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         ctx.cell = cell
         ctx.set_materialize_grads(False)
-        # Only the vanilla RNN's backward looks at h; who else changes theirs in place may.
-        ctx.save_for_backward(x, h0, c0, *weights, h if kept[0] is None else None, *kept)
-        return h if c is None else (h, c)
+        # Of a step, only the vanilla RNN's backward looks at h; who else changes theirs in place may.
+        y = None if kept and x.dim() == 2 else results[0]
+        ctx.save_for_backward(x, h0, c0, *weights, y, *kept)
+        return results
 
     @staticmethod
-    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x, h0, c0, *weights, h, gates, cells = ctx.saved_tensors
-        cell, needs = ctx.cell, ctx.needs_input_grad[1:]
-        if grad_h is None and grad_c is None:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h0, c0, *rest = ctx.saved_tensors
+        weights, y, kept = tuple(rest[:4]), rest[4], tuple(rest[5:])
+        cell, needs = ctx.cell, ctx.needs_input_grad[3:]
+        if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
-        if beyond_kernels((grad_h, grad_c)):
-            one_h0, one_c0, *finals = (None if t is None else t.unsqueeze(0) for t in (h0, c0, grad_h, grad_c))
-            upstream = Upstream(None, *finals)
-            found = differentiable_backward(cell, needs, x.unsqueeze(0), None, one_h0, one_c0, weights, upstream)
-            x_h_c = [None if g is None else g.squeeze(0) for g in found[:3]]
-            return None, *x_h_c, *found.weights
-        # For its size, where its values are of no use.
-        y = gates[:, : gates.shape[1] // CELLS[cell].saved] if h is None else h
-        found = backward(cell, needs, x, None, h0, c0, weights, y, (gates, cells), Upstream(None, grad_h, grad_c))
-        return None, found.x, found.h0, found.c0, *found.weights
+        step = x.dim() == 2
+        upstream = Upstream(None, *grads) if step else Upstream(*grads)
+        if beyond_kernels(grads):
+            if step:
+                x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
+                upstream = Upstream(*(None if g is None else g.unsqueeze(0) for g in upstream))
+            found = differentiable_backward(cell, needs, x, None, h0, c0, weights, upstream)
+            x_h_c = [g.squeeze(0) if step and g is not None else g for g in found[:3]]
+            return None, None, None, *x_h_c, *found.weights
+        upstream = Upstream(*(gradient(g) for g in upstream))
+        short = _cpu.backward_plain(
+            PLAIN, cell, needs, x, h0, c0, weights, y, kept, *upstream[:3], torch.get_num_threads()
+        )
+        if short is not None:
+            return None, None, None, *short
+        # Something has changed what was saved, as hooks of torch may: its rows are where the kernels do not read them.
+        if y is None:
+            y = kept[0][:, : sizes(weights)[1]]  # for its size, where its values are of no use
+        found = backward(cell, needs, x, None, h0, c0, weights, y, apart(cell, kept, weights), upstream)
+        return None, None, None, found.x, found.h0, found.c0, *found.weights
 
 
 # Function.apply first looks for functorch's transforms and wrappers, and for default arguments. Here are none
 # (obstacles.py), and a single step would feel it.
 _apply_layer = super(torch.autograd.Function, _Layer).apply
-_apply_step = super(torch.autograd.Function, _Step).apply
+_apply_plain = super(torch.autograd.Function, _Plain).apply
 
 
 def reference_layer(
@@ -333,14 +356,12 @@ def layer(
     return Outputs(y, h_n, c_n, cells)
 
 
-def step(
-    cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None]
-) -> Tensor | tuple[Tensor, Tensor]:
-    """One step of a cell likewise.
-
-    Arguments as of :func:`pyrnnfast.passes.forward_step`; returns h, or h and c for the LSTM.
-    """
-    if differentiable(x, h0, c0, *weights):
-        return _apply_step(cell, x, h0, c0, *weights)  # type: ignore[no-any-return]
-    h, _, c, _ = forward_step(cell, x, h0, c0, weights, ())
-    return h if c is None else (h, c)
+def of_plain(
+    cell: str, results: tuple[Tensor, ...], kept: tuple[Tensor, ...], x: Tensor, hx: Any, weights: tuple[Tensor, ...]
+) -> Any:
+    """What ``_cpu.forward_plain`` has made of these operands, with its derivative, as torch.nn's modules return it."""
+    h0, c0 = hx if cell == "lstm" and hx is not None else (hx, None)
+    found = _apply_plain(cell, results, kept, x, h0, c0, *weights, *(None,) * (4 - len(weights)))
+    y, *states = found if x.dim() == 3 else (None, *found)
+    state = tuple(states) if cell == "lstm" else states[0]
+    return state if y is None else (y, state)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cpu, amp, cuda, layers, obstacles, segments, transforms
+from . import _cpu, amp, autograd, cuda, layers, obstacles, segments, transforms
 from .choices import FUSED, Problem
 from .layers import NO_EXTRAS, Extras
 from .obstacles import PLAIN, Spec
@@ -20,8 +20,8 @@ from .obstacles import PLAIN, Spec
 __all__ = ["Options", "gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 
-def infer(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
-    """The shortest road, for a dense, time-major layer of one direction, or a step, where gradients are off.
+def plain(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
+    """The shortest road, for a dense, time-major layer of one direction, or a step.
 
     Args:
         input: [T, B, I], or [B, I] for a step
@@ -29,14 +29,16 @@ def infer(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, wei
     Returns:
         What :func:`call` would, or None where the call is not as plain as that: then :func:`call` knows what to do.
     """
-    if (
-        torch.is_grad_enabled()
-        or obstacles.form(input) != "eager"
-        or torch.is_autocast_enabled("cpu")
-        or obstacles.recording_obstacle() is not None
-    ):
+    if obstacles.form(input) != "eager" or torch.is_autocast_enabled("cpu") or obstacles.recording_obstacle():
         return None
-    return _cpu.infer(PLAIN, cell, input_size, hidden_size, input, hx, tuple(weights), torch.get_num_threads())
+    operands = input, hx, tuple(weights)
+    found = _cpu.forward_plain(
+        PLAIN, cell, input_size, hidden_size, *operands, torch.is_grad_enabled(), torch.get_num_threads()
+    )
+    if found is None:
+        return None
+    results, kept = found
+    return results if kept is None else autograd.of_plain(cell, results, kept, *operands)
 
 
 def call(

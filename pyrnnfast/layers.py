@@ -339,9 +339,6 @@ def _run_step(
     if input.dim() == 1:
         states = _run_step(spec, asked, input.unsqueeze(0), _map(hx, Tensor.unsqueeze, 0), weights)
         return _map(states, Tensor.squeeze, 0)  # type: ignore[no-any-return]
-    if asked != "eager":
-        layer = spec._replace(single_step=False)
-        found = _run_layers(layer, asked, input.unsqueeze(0), None, _map(hx, Tensor.unsqueeze, 0), weights)
-        return _map(found.states, Tensor.squeeze, 0)  # type: ignore[no-any-return]
-    h0, c0 = hx if isinstance(hx, (tuple, list)) else (hx, None)
-    return autograd.step(spec.cell, input, h0, c0, weights if spec.bias else (*weights, None, None))
+    layer = spec._replace(single_step=False)
+    found = _run_layers(layer, asked, input.unsqueeze(0), None, _map(hx, Tensor.unsqueeze, 0), weights)
+    return _map(found.states, Tensor.squeeze, 0)  # type: ignore[no-any-return]

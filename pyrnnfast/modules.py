@@ -139,7 +139,7 @@ class _Layers(_Ours, torch.nn.RNNBase):
         weights = self._weights()
         extras = _extras(given) if given else NO_EXTRAS
         if self._is_plain() and not extras and type(input) is Tensor and input.dim() == 3:
-            found = functional.infer(self.mode.lower(), self.input_size, self.hidden_size, input, hx, weights)
+            found = functional.plain(self.mode.lower(), self.input_size, self.hidden_size, input, hx, weights)
             if found is not None:
                 return found
         elif isinstance(input, torch.fx.Proxy):
@@ -252,7 +252,7 @@ class _Cells(_Ours, torch.nn.RNNCellBase):
         """
         weights = self._weights()
         if type(input) is Tensor and input.dim() == 2:
-            found = functional.infer(self._kind(), self.input_size, self.hidden_size, input, hx, weights)
+            found = functional.plain(self._kind(), self.input_size, self.hidden_size, input, hx, weights)
             if found is not None:
                 return found
         elif isinstance(input, torch.fx.Proxy):

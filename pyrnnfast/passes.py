@@ -59,8 +59,8 @@ def _columns_together(kept: Tensor | None) -> Tensor | None:
     return kept if kept is None or kept.stride(-1) == 1 else kept.contiguous()
 
 
-def _gradient(matrix: Tensor | None) -> Tensor | None:
-    """The same of a gradient, which autograd may hand over with a lazy sign that only torch knows of."""
+def gradient(matrix: Tensor | None) -> Tensor | None:
+    """The same of an upstream gradient, which autograd may hand over with a lazy sign that only torch knows of."""
     return None if matrix is None else _rows(matrix.resolve_neg())
 
 
@@ -96,15 +96,6 @@ def forward(
     y = x.new_empty(*x.shape[:-1], directions * hidden)
     h_n = x.new_empty(directions, batch, hidden)
     return Results(y, h_n, _forward(cell, x, batch_sizes, h0, c0, weights, y, h_n, kept), kept)
-
-
-def forward_step(
-    cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor | None], kept: Tensors
-) -> Results:
-    """:func:`forward` of one step in one direction. x: [B, I]; h0, c0, and y, which is h_n too, and c_n: [B, H]."""
-    # With one step, its output and the final state are the same values: the kernel writes them to the same place.
-    h = x.new_empty(x.shape[0], sizes(weights)[1])
-    return Results(h, h, _forward(cell, x, None, h0, c0, weights, h, h, kept), kept)
 
 
 def sizes(weights: Sequence[Tensor | None]) -> tuple[int, int]:
@@ -169,6 +160,15 @@ def room_to_keep(name: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tens
     return kept
 
 
+def apart(name: str, kept: tuple[Tensor, ...], weights: Sequence[Tensor | None]) -> Tensors:
+    """What a plain forward pass has kept, one block or nothing, as a pass takes it: gates and cells."""
+    cell, (_, hidden) = CELLS[name], sizes(weights)
+    if not cell.saved:
+        return None, None
+    gates, cells = kept[0].tensor_split([cell.saved * hidden], 1)
+    return gates, cells if cell.has_cell else None
+
+
 def room_for_gates(cell: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
     """For what backward needs of the gates of all directions, side by side: [..., D·saved·H]."""
     directions, hidden = sizes(weights)
@@ -225,7 +225,7 @@ def backward(
 
     Args:
         needs: of x, h0, c0 and each weight, whether its gradient is wanted
-        x, batch_sizes, h0, c0, weights, y, kept: operands and results of :func:`forward` or :func:`forward_step`
+        x, batch_sizes, h0, c0, weights, y, kept: operands and results of :func:`forward`; of a step, [B, …] each
         dgates: to be filled with the gate gradients of each row and direction, [..., D·dgates·H]
     """
     dx, dh0, dc0, *dweights = [
@@ -241,10 +241,10 @@ def backward(
         tuple([_rows(w) for w in weights]),
         _rows(y),
         tuple([_columns_together(k) for k in kept]),
-        _gradient(grads.y),
-        _gradient(grads.h_n),
-        _gradient(grads.c_n),
-        _gradient(grads.cells),
+        gradient(grads.y),
+        gradient(grads.h_n),
+        gradient(grads.c_n),
+        gradient(grads.cells),
         dx,
         dh0,
         dc0,

@@ -70,12 +70,12 @@ def test_kernels_serve_the_functional_form(case: Case, without_torch_operators: 
 
 def count_kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
-    for name in ("forward", "backward"):
+    for name in ("forward", "backward", "forward_plain", "backward_plain"):
         real = getattr(_cpu, name)
 
-        def counted(*args: Any, real: Callable[..., None] = real, name: str = name) -> None:
+        def counted(*args: Any, real: Callable[..., Any] = real, name: str = name) -> Any:
             calls.append(name)
-            real(*args)
+            return real(*args)
 
         monkeypatch.setattr(_cpu, name, counted)
     return calls
@@ -103,7 +103,7 @@ def test_one_kernel_call_for_a_step(cell: str, monkeypatch: pytest.MonkeyPatch) 
     module = case.module(pyrnnfast)
     x, states = case.operands()
     gradients(module, x, states, case.run(module, x, states))
-    assert calls == ["forward", "backward"]
+    assert calls == ["forward_plain", "backward_plain"]
 
 
 # What products, biases and sums over directions would need; memory, views and copies are torch's.
@@ -139,8 +139,7 @@ def test_inference_keeps_nothing_for_backward(cell: str, single_step: bool, monk
         real(*args)
 
     monkeypatch.setattr(_cpu, "forward", spied)
-    # Not by the shortest road, which has no room to keep anything.
-    monkeypatch.setattr(_cpu, "infer", lambda *args: None)
+    monkeypatch.setattr(_cpu, "forward_plain", lambda *args: None)
     case = Case(cell, single_step=single_step, bidirectional=not single_step)
     module = case.module(pyrnnfast)
     x, states = case.operands()
@@ -160,6 +159,32 @@ def test_inference_keeps_nothing_for_backward(cell: str, single_step: bool, monk
 
 
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+def test_plain_inference_keeps_nothing_either(cell: str, single_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    real = _cpu.forward_plain
+
+    def spied(*args: Any) -> Any:
+        found = real(*args)
+        assert found is not None
+        kept.append(found[1])
+        return found
+
+    monkeypatch.setattr(_cpu, "forward_plain", spied)
+    case = Case(cell, single_step=single_step)
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+    case.run(module, x, states)
+    assert len(kept.pop()) == (cell in ("gru", "lstm"))
+    with torch.no_grad():
+        case.run(module, x, states)
+    with torch.inference_mode():
+        case.run(module, x, states)
+    case.run(case.module(pyrnnfast).requires_grad_(False), x.detach(), tuple(s.detach() for s in states))
+    assert kept == [None, None, None]
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_only_gradients_that_are_wanted_are_computed(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[bool]] = []
     real = _cpu.backward
@@ -170,6 +195,7 @@ def test_only_gradients_that_are_wanted_are_computed(cell: str, monkeypatch: pyt
         real(*args)
 
     monkeypatch.setattr(_cpu, "backward", spied)
+    monkeypatch.setattr(_cpu, "forward_plain", lambda *args: None)  # of which tests/test_plain.py tells the same
     case = Case(cell)
     module = case.module(pyrnnfast)
     x, states = case.operands()

@@ -106,8 +106,8 @@ import pyrnnfast
 from pyrnnfast import _cpu
 
 asked = []
-real = _cpu.forward
-_cpu.forward = lambda *args: (asked.append(args[-1]), real(*args))
+real = _cpu.forward_plain
+_cpu.forward_plain = lambda *args: (asked.append(args[-1]), real(*args))[1]
 count = lambda: len(os.listdir("/proc/self/task"))
 module, x = pyrnnfast.LSTM(64, 128), torch.randn(50, 16, 64)
 torch.set_num_threads(1)

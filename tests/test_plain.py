@@ -1,0 +1,306 @@
+"""The shortest road, of plain calls: who takes it, that it gives the same bits, and what does not."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import CELLS, TABLE, Case, gradients
+from torch import Tensor
+
+import pyrnnfast
+from pyrnnfast import _cpu
+
+PLAIN = [c for c in TABLE if c.layers == 1 and not (c.bidirectional or c.batch_first or c.lengths or c.unbatched)]
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each time that the road is tried, whether it leads anywhere."""
+    found: list[bool] = []
+    real = _cpu.forward_plain
+
+    def watched(*args: Any) -> Any:
+        result = real(*args)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr(_cpu, "forward_plain", watched)
+    return found
+
+
+def flat(result: Any) -> list[Tensor]:
+    leaves: list[Tensor] = torch.utils._pytree.tree_leaves(result)
+    return leaves
+
+
+@contextlib.contextmanager
+def the_long_way() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cpu, "forward_plain", lambda *args: None)
+        yield
+
+
+def quiet_module(case: Case, dtype: torch.dtype) -> torch.nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dropout of a single layer
+        return case.module(pyrnnfast, dtype)
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_plain_calls_take_it_and_get_the_same_bits(case: Case, dtype: torch.dtype, taken: list[bool]) -> None:
+    module = quiet_module(case, dtype)
+    x, states = case.operands(dtype)
+    with the_long_way():
+        longer = flat(module(x, case.hx(states)))
+    assert taken == []
+    for without_gradients in (torch.no_grad, torch.inference_mode):
+        with without_gradients():
+            shorter = flat(module(x, case.hx(states)))
+        assert [t.shape for t in shorter] == [t.shape for t in longer]
+        assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(shorter, longer, strict=True))
+        assert not any(t.requires_grad for t in shorter)
+    assert taken == [True, True]
+    storages = [t.untyped_storage().data_ptr() for t in shorter]
+    assert len(set(storages)) == len(storages), "results share memory"
+
+
+@pytest.fixture
+def back(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The same of the road back."""
+    found: list[bool] = []
+    real = _cpu.backward_plain
+
+    def watched(*args: Any) -> Any:
+        result = real(*args)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr(_cpu, "backward_plain", watched)
+    return found
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_gradients_of_plain_calls_have_the_same_bits(
+    case: Case, dtype: torch.dtype, taken: list[bool], back: list[bool]
+) -> None:
+    module = quiet_module(case, dtype)
+    x, states = case.operands(dtype)
+
+    def once(used: tuple[str, ...]) -> dict[str, Tensor]:
+        found = case.run(module, x, states)
+        assert all(t.grad_fn is not None for t in found.values())
+        return found | gradients(module, x, states, found, used)
+
+    for used in (case.outputs, *((name,) for name in case.outputs)):
+        with the_long_way():
+            longer = once(used)
+        shorter = once(used)
+        assert shorter.keys() == longer.keys()
+        for name, t in longer.items():
+            assert shorter[name].dtype is t.dtype
+            assert torch.equal(shorter[name], t), name
+    # Narrow, the LSTM keeps what is wider.
+    kept = not (dtype is torch.bfloat16 and case.cell == "lstm")
+    assert taken == [kept] * len(taken)
+    assert back == [True] * (len(taken) if kept else 0)
+
+
+SUBSETS = {"x": ("x",), "states": ("states",), "weights": ("weights",), "bias": ("bias",), "none": ()}
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_only_what_is_wanted(cell: str, single_step: bool, subset: str, back: list[bool]) -> None:
+    case = Case(cell, steps=3, batch=4, hidden=19, single_step=single_step)
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+    wanted = SUBSETS[subset]
+    for name, p in module.named_parameters():
+        p.requires_grad_("weights" in wanted or (name.startswith("bias") and "bias" in wanted))
+    x.requires_grad_("x" in wanted)
+    for s in states:
+        s.requires_grad_("states" in wanted)
+    leaves = [t for t in (x, *states, *module.parameters()) if t.requires_grad]
+    outputs = case.run(module, x, states)
+    assert all(t.requires_grad is bool(wanted) for t in outputs.values())
+    if not wanted:
+        return
+    found = torch.autograd.grad(sum(t.sin().sum() for t in outputs.values()), leaves)
+    assert back == [True]
+    with the_long_way():
+        outputs = case.run(module, x, states)
+        expected = torch.autograd.grad(sum(t.sin().sum() for t in outputs.values()), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
+    "expanded": lambda t: torch.ones(()).expand(t.shape),
+    "columns_apart": lambda t: torch.stack([torch.ones_like(t)] * 2, -1)[..., 0],
+    "negated": lambda t: torch._neg_view(-torch.ones_like(t)),
+}
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_upstream_gradients_of_any_kind(cell: str, single_step: bool, name: str, back: list[bool]) -> None:
+    case = Case(cell, steps=3, batch=4, hidden=19, single_step=single_step)
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+
+    def once(upstream: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        outputs = list(case.run(module, x, states).values())
+        return torch.autograd.grad(outputs, [x, *states, *module.parameters()], [upstream(t) for t in outputs])
+
+    for found, expected in zip(once(UPSTREAM[name]), once(torch.ones_like), strict=True):
+        assert torch.equal(found, expected)
+    assert back == [True, True]
+
+
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_hooks_have_changed_goes_the_long_way(cell: str, single_step: bool, back: list[bool]) -> None:
+    case = Case(cell, steps=3, batch=4, hidden=19, single_step=single_step)
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+
+    def once() -> tuple[Tensor, ...]:
+        outputs = case.run(module, x, states)
+        return torch.autograd.grad(sum(t.sin().sum() for t in outputs.values()), [x, *states, *module.parameters()])
+
+    expected = once()
+    assert back == [True]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: torch.stack([t, t], -1)[..., 0]):
+        found = once()
+    assert back == [True, False]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+ODDITIES: dict[str, Callable[[Case, torch.nn.Module, Tensor, tuple[Tensor, ...]], tuple[Any, Any]]] = {
+    "rows_apart": lambda case, m, x, s: (torch.stack([x, x], -1)[..., 0], case.hx(s)),
+    "expanded": lambda case, m, x, s: (x[:1].expand(x.shape), case.hx(s)),
+    "negated": lambda case, m, x, s: (torch._neg_view(x), case.hx(s)),
+    "states_apart": lambda case, m, x, s: (x, case.hx(tuple(torch.stack([t, t], -1)[..., 0] for t in s))),
+    "list_of_states": lambda case, m, x, s: (x, list(s) if case.cell == "lstm" else s[0]),
+}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_oddities_come_out_right(cell: str, single_step: bool, oddity: str) -> None:
+    case = Case(cell, steps=3, batch=4, hidden=19, single_step=single_step)
+    module = case.module(pyrnnfast)
+    x, states = (t.detach() if isinstance(t, Tensor) else tuple(s.detach() for s in t) for t in case.operands())
+    odd_x, odd_hx = ODDITIES[oddity](case, module, x, states)
+    expected = flat(pyrnnfast.restore(case.module(pyrnnfast))(odd_x, odd_hx))
+    with torch.no_grad():
+        torch.testing.assert_close(flat(module(odd_x, odd_hx)), expected)
+
+
+BAD: dict[str, Callable[[Case, Tensor, Any], tuple[Any, Any]]] = {
+    "features": lambda case, x, hx: (x[..., :-1], hx),
+    "dtype": lambda case, x, hx: (x.double(), hx),
+    "hidden_size": lambda case, x, hx: (x, torch.utils._pytree.tree_map(lambda t: t[..., :-1], hx)),
+    "batch": lambda case, x, hx: (x, torch.utils._pytree.tree_map(lambda t: t[..., :-1, :], hx)),
+    "dimensions": lambda case, x, hx: (x[None], hx),
+    "states_of_another_layout": lambda case, x, hx: (x, torch.utils._pytree.tree_map(lambda t: t[None], hx)),
+    "no_tensor": lambda case, x, hx: (x.tolist(), hx),
+    "pair": lambda case, x, hx: (x, hx[0] if case.cell == "lstm" else (hx, hx)),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_bad_calls_raise_what_they_raise_elsewhere(cell: str, single_step: bool, bad: str) -> None:
+    case = Case(cell, steps=3, batch=4, hidden=19, single_step=single_step)
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+    bad_x, bad_hx = BAD[bad](case, x.detach(), case.hx(tuple(s.detach() for s in states)))
+    with pytest.raises(Exception) as longer:
+        module(bad_x, bad_hx)
+    with torch.no_grad(), pytest.raises(type(longer.value)) as shorter:
+        module(bad_x, bad_hx)
+    assert str(shorter.value) == str(longer.value)
+
+
+def test_changed_weights_are_seen(taken: list[bool]) -> None:
+    """By parametrizations, in place, and through ``functional_call``."""
+    module = pyrnnfast.GRU(4, 5)
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        first, _ = module(x)
+        module.weight_hh_l0.mul_(2)
+        second, _ = module(x)
+        other = {name: p + 1 for name, p in module.named_parameters()}
+        third, _ = torch.func.functional_call(module, other, (x,))
+        torch.nn.utils.parametrizations.spectral_norm(module, "weight_hh_l0").eval()
+        fourth, _ = module(x)
+        results = [first, second, third, fourth]
+        assert all(not torch.equal(a, b) for k, a in enumerate(results) for b in results[:k])
+        torch.testing.assert_close(fourth, pyrnnfast.restore(module)(x)[0])
+    assert len(taken) == 4
+
+
+GRU = (torch.ones(9, 4), torch.ones(9, 3), torch.ones(9), torch.ones(9))
+
+
+def test_junk_raises_or_is_refused() -> None:
+    types = (Tensor, torch.nn.Parameter)
+    good = (types, "gru", 4, 3, torch.ones(2, 1, 4), None, GRU, False, 1)
+    assert _cpu.forward_plain(*good) is not None
+    for index, junk in enumerate(((), "no cell", 5, 4, object(), 3, ())):
+        assert _cpu.forward_plain(*good[:index], junk, *good[index + 1 :]) is None, index
+    with pytest.raises(TypeError, match="threads must be an int"):
+        _cpu.forward_plain(*good[:-1], None)
+    for index in (0, 6):
+        with pytest.raises(TypeError, match="must be a tuple"):
+            _cpu.forward_plain(*good[:index], [], *good[index + 1 :])
+    for k in range(4):
+        for junk in (None, torch.ones(9, 4, 1), torch.ones(2), torch.ones(9, 4, device="meta"), "x"):
+            assert _cpu.forward_plain(*good[:6], (*GRU[:k], junk, *GRU[k + 1 :]), False, 1) is None, (k, junk)
+
+
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+def test_junk_raises_or_is_refused_on_the_road_back(single_step: bool) -> None:
+    lead = (2,) if single_step else (1, 2)
+    x, h0, y, grad = (torch.ones(*lead, n) for n in (4, 3, 3, 3))
+    upstream = (None, grad, None) if single_step else (grad, None, None)
+    types, needs, kept = (Tensor, torch.nn.Parameter), (True, True, False, *(True,) * 4), (torch.ones(2, 12),)
+    good = (types, "gru", needs, x, h0, None, GRU, None if single_step else y, kept, *upstream, 1)
+    names = ["types", "cell", "needs", "x", "h0", "c0", "weights", "y", "kept", "grad_y", "grad_h_n", "grad_c_n"]
+    found = _cpu.backward_plain(*good)
+    assert found is not None
+    assert [None if g is None else g.shape for g in found] == [x.shape, h0.shape, None, *(w.shape for w in GRU)]
+    wrong = {
+        "types": [()],
+        "cell": ["no cell", "lstm", "rnn_tanh"],
+        "needs": [(), (True,) * 8],
+        "x": [None, 3, torch.ones(1, 1, 1, 2, 4), torch.ones(7, 4), x.double(), x.to("meta")],
+        "h0": [3, torch.ones(5, 3), torch.ones(4, 1, 2, 3), h0.double()],
+        "c0": [torch.ones(*lead, 3)],
+        "weights": [(), GRU[:2], (None, *GRU[1:]), (GRU[0], None, *GRU[2:]), (GRU[0], torch.ones(3), *GRU[2:])],
+        "y": [torch.ones(5, 3), "y", torch.ones(())],
+        "kept": [(), (*kept, *kept), (None,), (torch.ones(2, 11),), (torch.ones(24),), (torch.ones(3, 12),)],
+        "grad_y": [torch.ones(5, 3), "g"],
+        "grad_h_n": [torch.ones(5, 3), "g"],
+        "grad_c_n": [grad],
+    }
+    assert wrong.keys() == set(names)
+    for name, values in wrong.items():
+        k = names.index(name)
+        for junk in values:
+            assert _cpu.backward_plain(*good[:k], junk, *good[k + 1 :]) is None, (name, junk)
+    for name in ("types", "needs", "weights", "kept"):
+        k = names.index(name)
+        with pytest.raises(TypeError, match=f"{name} must be a tuple"):
+            _cpu.backward_plain(*good[:k], None, *good[k + 1 :])
+    with pytest.raises(TypeError, match="misses the argument 'threads'"):
+        _cpu.backward_plain(*good[:-1])
