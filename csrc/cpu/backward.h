@@ -100,12 +100,13 @@ struct BackwardPass {
         const bool ascending = t % 2 == 0;
         const Block b = block(p, ascending ? share.block_begin + j : share.block_end - 1 - j);
         const int turn = j + 1 == own_blocks || !plan.packed ? 0 : ascending ? 1 : -1;
+        const Nearer next = j + 1 == own_blocks ? nearer(p, p.reverse ? t + 1 : t - 1, share) : Nearer{};
         int index = 0;
         for (int64_t row = share.row_begin; row < end; ++index) {
           const bool continues = row < continuing;
           const int64_t left = (continues ? continuing : end) - row;
           const int rows = static_cast<int>(ceil_div(left, ceil_div(left, tallest)));
-          one_tile(p, plan, chunk, Place{t, row, rows, index, turn}, b, continues ? dgates : nullptr);
+          one_tile(p, plan, chunk, Place{t, row, rows, index, turn, next}, b, continues ? dgates : nullptr);
           row += rows;
         }
         // Sequences that had their first step just before, in a layer that runs backward.
@@ -160,11 +161,27 @@ struct BackwardPass {
   }
 
  private:
-  // Tile number `index` of those that use its panel, after which comes the panel `turn` places on.
+  // What a step will read of memory that nobody has touched for long.
+  struct Stretch {
+    const char* data = nullptr;
+    int64_t lines = 0;
+  };
+  struct Nearer {
+    Stretch saved, grad_y;
+    // Where the lines begin that a product brings nearer, one at each k, while it has `depth` of them before it: of
+    // one stretch or the other. Null: nothing is left.
+    const char* for_tile(int64_t index, int64_t depth) const {
+      const int64_t line = index * depth, tiles = ceil_div(saved.lines, depth) * depth;
+      if (line < saved.lines) return saved.data + line * 64;
+      return line - tiles < grad_y.lines ? grad_y.data + (line - tiles) * 64 : nullptr;
+    }
+  };
+  // Tile number `index` of those that use its panel, after which comes the panel `turn` places on, or `next`.
   struct Place {
     int64_t t, row;
     int rows;
     int index, turn;
+    Nearer next;
   };
   // One vector of units of the place's rows: where its operands stand in the first of them. All of it fits registers,
   // where the operands themselves would have to be read again after each store, which might have changed them.
@@ -188,6 +205,18 @@ struct BackwardPass {
     Operand* dgates;
     int64_t dgates_stride;
   };
+  // Of the share's rows of a step, if it is not too much to wait in the second cache.
+  static Nearer nearer(const Backward& p, int64_t t, const Share& share) {
+    constexpr int64_t most = 4096;
+    const int64_t active = active_rows(p, t), end = active < share.row_end ? active : share.row_end;
+    const auto stretch = [&](const Matrix& m) -> Stretch {
+      const int64_t lines = (end - share.row_begin) * m.stride * static_cast<int64_t>(sizeof(E)) / 64;
+      if (m.data == nullptr || lines <= 0 || lines > most) return {};
+      return {reinterpret_cast<const char*>(at<const E>(m, p.offsets[t] + share.row_begin, 0)), lines};
+    };
+    return {stretch(p.saved), stretch(p.grad_y)};
+  }
+
   // tile = dgates W_hh for a block of units.
   static void recurrent_product(const Backward& p, const Plan& plan, const Block& b, const Operand* dgates,
                                 const Place& place, T* tile) {
@@ -205,10 +234,14 @@ struct BackwardPass {
     if (place.turn != 0)
       weights.ahead = weights.data + place.turn * packed_depth(gates * p.hidden) * unit_vectors * S::lanes;
     const auto tile_product = Products<S, Operand, P>::find(p.batch, b.vectors, place.rows);
+    const char* lines = place.next.for_tile(place.index, gates * p.hidden);
     for (int i = 0; i < Cell::segments; ++i) {
       const Left<Operand> left{dgates + Cell::segment[i].begin * p.hidden, G::dgates_stride(p), 1};
       const int64_t depth = Cell::segment[i].length * p.hidden;
-      tile_product(left, weights.for_tile(place.index, depth), depth, tile, b.vectors * S::lanes, i > 0);
+      auto own = weights.for_tile(place.index, depth);
+      if (lines != nullptr) own.ahead = reinterpret_cast<const P*>(lines);
+      tile_product(left, own, depth, tile, b.vectors * S::lanes, i > 0);
+      if (lines != nullptr) lines += depth * 64;
       weights.data += depth * weights.stride;
       if (weights.ahead != nullptr) weights.ahead += depth * weights.stride;
     }
@@ -320,7 +353,7 @@ struct BackwardPass {
     const int width = b.vectors * S::lanes, tallest = Products<S, T, T>::rows(p.batch);
     while (first < end) {
       const int rows = static_cast<int>(end - first < tallest ? end - first : tallest);
-      recurrent_product(p, plan, b, dgates + first * G::dgates_stride(p), Place{0, first, rows, 0, 0}, tile);
+      recurrent_product(p, plan, b, dgates + first * G::dgates_stride(p), Place{0, first, rows, 0, 0, {}}, tile);
       for (int m = 0; m < rows; ++m, ++first) {
         if constexpr (Cell::has_carry && !Cell::has_cell) {
           const T* carry = region<T>(plan, kCell) + first * padded<S>(p.hidden) + b.first;
