@@ -13,25 +13,8 @@ template <class... Parts>
   throw std::invalid_argument((std::string() + ... + parts));
 }
 
-// Columns of each operand in units of H; 0 or false: the cell has no such operand.
-struct Widths {
-  int64_t gates, saved, dgates;
-  bool cell;
-};
-
 template <class Cell>
 constexpr Widths widths{Cell::gates, Cell::saved, Cell::dgates, Cell::has_cell};
-
-const Widths& widths_of(CellKind cell) {
-  switch (cell) {
-    case CellKind::lstm:
-      return widths<Lstm>;
-    case CellKind::gru:
-      return widths<Gru>;
-    default:
-      return widths<Rnn<false>>;
-  }
-}
 
 std::string size_text(int64_t rows, int64_t columns) {
   return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
@@ -288,6 +271,17 @@ Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Ru
 }
 
 }  // namespace
+
+const Widths& widths_of(CellKind cell) {
+  switch (cell) {
+    case CellKind::lstm:
+      return widths<Lstm>;
+    case CellKind::gru:
+      return widths<Gru>;
+    default:
+      return widths<Rnn<false>>;
+  }
+}
 
 CellKind check_cell(const std::string& name) {
   if (name == "rnn_tanh") return CellKind::rnn_tanh;

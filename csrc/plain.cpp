@@ -3,7 +3,6 @@
 
 #include <stdexcept>
 
-#include "cells.h"
 #include "run.h"
 #include "tensor.h"
 
@@ -39,15 +38,6 @@ bool requires_grad(py::handle tensor) {
   return found.ptr() == Py_True;
 }
 
-// How many columns of gates are kept, in units of H, and whether cell states stand behind them.
-struct Kept {
-  int gates;
-  bool cells;
-};
-Kept kept_of(const std::string& cell) {
-  return cell == "lstm" ? Kept{Lstm::saved, true} : cell == "gru" ? Kept{Gru::saved, false} : Kept{0, false};
-}
-
 // The columns [first, first + count) of a block of rows.
 Operand columns(const Operand& block, int64_t first, int64_t count) {
   Operand part = block;
@@ -58,10 +48,20 @@ Operand columns(const Operand& block, int64_t first, int64_t count) {
 }
 
 // Gates, and cell states where there are any, in one block of `rows` rows.
-std::vector<Operand> read_kept(const Operand& block, const Kept& kept, int64_t hidden) {
-  if (kept.gates == 0) return {{}, {}};
-  const int64_t gates = kept.gates * hidden;
-  return {columns(block, 0, gates), kept.cells ? columns(block, gates, hidden) : Operand{}};
+std::vector<Operand> read_kept(const Operand& block, const Widths& w, int64_t hidden) {
+  if (w.saved == 0) return {{}, {}};
+  const int64_t gates = w.saved * hidden;
+  return {columns(block, 0, gates), w.cell ? columns(block, gates, hidden) : Operand{}};
+}
+// The columns of that block in units of H; 0: there is none.
+int64_t kept_width(const Widths& w) { return w.saved == 0 ? 0 : w.saved + (w.cell ? 1 : 0); }
+
+const Widths* widths_or_null(const std::string& cell) {
+  try {
+    return &widths_of(check_cell(cell));
+  } catch (const std::invalid_argument&) {
+    return nullptr;
+  }
 }
 
 // Reads an operand that may be missing; whether it is plain, or nothing.
@@ -100,9 +100,9 @@ py::object forward_plain(const py::tuple& types, const std::string& cell, int64_
       keep = keep || (grad && requires_grad(state));
     }
   }
-  const Kept kept = kept_of(cell);
+  const Widths* const w = widths_or_null(cell);
   // Narrow data keep cell states that are wider.
-  if (keep && kept.cells && o.x.type == ElementType::bfloat16) return py::none();
+  if (w == nullptr || (keep && w->cell && o.x.type == ElementType::bfloat16)) return py::none();
   const py::object y = step ? new_empty(x, B, hidden) : new_empty(x, T, B, hidden);
   const py::object h_n = step ? y : new_empty(x, int64_t{1}, B, hidden);
   const py::object c_n = !lstm ? py::none() : step ? new_empty(x, B, hidden) : new_empty(x, int64_t{1}, B, hidden);
@@ -111,8 +111,8 @@ py::object forward_plain(const py::tuple& types, const std::string& cell, int64_
   o.h_n = read_tensor(h_n, "h_n");
   o.c_n = read_tensor(c_n, "c_n");
   if (keep) {
-    if (kept.gates > 0) block = new_empty(x, T * B, (kept.gates + (kept.cells ? 1 : 0)) * hidden);
-    o.kept = read_kept(read_tensor(block, "kept"), kept, hidden);
+    if (w->saved > 0) block = new_empty(x, T * B, kept_width(*w) * hidden);
+    o.kept = read_kept(read_tensor(block, "kept"), *w, hidden);
   }
   try {
     run_without_gil(check_forward(cell, o, kCpuRules), threads);
@@ -125,7 +125,7 @@ py::object forward_plain(const py::tuple& types, const std::string& cell, int64_
     results.append(h_n);
     if (lstm) results.append(c_n);
     py::list blocks;
-    if (kept.gates > 0) blocks.append(block);
+    if (w->saved > 0) blocks.append(block);
     return py::make_tuple(py::tuple(results), py::tuple(blocks));
   }
   const py::object state = lstm ? py::object(py::make_tuple(h_n, c_n)) : h_n;
@@ -133,8 +133,9 @@ py::object forward_plain(const py::tuple& types, const std::string& cell, int64_
 }
 
 py::object backward_plain(const py::tuple& types, const std::string& cell, const PlainBackward& given, int threads) {
-  const Kept kept = kept_of(cell);
-  if (given.needs.size() != 7 || given.weights.size() != 4 || given.kept.size() != (kept.gates > 0 ? 1 : 0)) {
+  const Widths* const w = widths_or_null(cell);
+  if (w == nullptr || given.needs.size() != 7 || given.weights.size() != 4 ||
+      given.kept.size() != (w->saved > 0 ? 1 : 0)) {
     return py::none();
   }
   BackwardOperands o;
@@ -151,13 +152,13 @@ py::object backward_plain(const py::tuple& types, const std::string& cell, const
   if (o.weights[1].dimensions != 2) return py::none();
   const int64_t hidden = o.weights[1].shape[1];
   Operand block;
-  if (kept.gates > 0) {
+  if (w->saved > 0) {
     if (!read_plain_tensor(given.kept[0], types, block) || block.dimensions != 2) return py::none();
-    if (block.shape[1] != (kept.gates + (kept.cells ? 1 : 0)) * hidden) return py::none();
+    if (block.shape[1] != kept_width(*w) * hidden) return py::none();
     // For its size.
     if (!o.y.present) o.y = columns(block, 0, hidden);
   }
-  o.kept = read_kept(block, kept, hidden);
+  o.kept = read_kept(block, *w, hidden);
   const py::handle tensors[] = {given.x,          given.h0,         given.c0,        given.weights[0],
                                 given.weights[1], given.weights[2], given.weights[3]};
   const Operand* const operands[] = {&o.x, &o.h0, &o.c0, &o.weights[0], &o.weights[1], &o.weights[2], &o.weights[3]};

@@ -185,6 +185,7 @@ def reference_layer(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
+    cell_states: bool = True,
 ) -> Outputs:
     """A layer by :mod:`pyrnnfast.reference`: slow, of torch's operators alone, and so whatever they can do.
 
@@ -202,7 +203,7 @@ def reference_layer(
         states, final = reference.layer(cell, data.reshape(-1, x.shape[-1]), initial, by_direction, sizes)
     y, *cells = (s.view(*x.shape[:-1], s.shape[-1]) for s in states)
     h_n, *c_n = (s.to(x.dtype) for s in final)
-    return Outputs(y.to(x.dtype), h_n, *(c_n or (None,)), *(cells or (None,)))
+    return Outputs(y.to(x.dtype), h_n, c_n[0] if c_n else None, cells[0] if cells and cell_states else None)
 
 
 def _padding(mask: Mask, x: Tensor) -> reference.Padding:

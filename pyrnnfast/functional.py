@@ -65,7 +65,6 @@ def call(
     operands, road = (input, hx, weights), None
     reason = obstacles.recording_obstacle()
     if reason is None:
-        obstacles.check_packed(spec, form, input)
         road = _road(device, spec, form, input, hx, weights, extras)
         if road.by_torch and not extras:
             reason = road.reason  # without asking what it would not need
@@ -121,7 +120,11 @@ def _device_type(weights: Sequence[Any]) -> str:
 def _road(
     device: str, spec: Spec, form: str, input: Any, hx: Any, weights: Sequence[Tensor], extras: Extras
 ) -> cuda.Choice:
-    """Of a call that may be wrong in any way yet: ours, the reference, or torch's."""
+    """Of a call that may be wrong in any way yet: ours, the reference, or torch's.
+
+    Raises:
+        ValueError: as :func:`pyrnnfast.obstacles.check_packed`, on CUDA, where packed input may go to torch unseen
+    """
     if form == "transforms":
         if not transforms.on_kernels():
             return cuda.Choice("reference", "derivatives that the kernels do not have")
@@ -129,6 +132,7 @@ def _road(
             return cuda.Choice("reference", "no kernel transforms sequences of different lengths")
     if device == "cpu":
         return cuda.Choice(FUSED, "served by pyrnnfast._cpu")
+    obstacles.check_packed(spec, form, input)
     if spec.single_step and cuda.asked() is None:
         # A graph has them operator by operator, and fuses them; elsewhere torch has kernels of its own.
         return cuda.Choice("torch", "a step by ours was not measured against torch's own")

@@ -17,25 +17,11 @@ from . import autograd, cuda, ops, segments, transforms
 from .obstacles import Hidden, Spec, state_shape
 from .passes import Mask, Steps
 
-
-def _by_reference(
-    cell: str,
-    x: Tensor,
-    steps: Steps,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor | None],
-    cell_states: bool,
-) -> autograd.Outputs:
-    found = autograd.reference_layer(cell, x, steps, h0, c0, weights)
-    return found if cell_states else found._replace(cells=None)
-
-
 _LAYERS: dict[str, Callable[..., autograd.Outputs]] = {
     "eager": autograd.layer,
     "operators": ops.layer,
     "transforms": transforms.layer,
-    "reference": _by_reference,
+    "reference": autograd.reference_layer,
 }
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

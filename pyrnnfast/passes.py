@@ -95,7 +95,11 @@ def forward(
     batch = int(batch_sizes[0]) if isinstance(batch_sizes, Tensor) else x.shape[1]
     y = x.new_empty(*x.shape[:-1], directions * hidden)
     h_n = x.new_empty(directions, batch, hidden)
-    return Results(y, h_n, _forward(cell, x, batch_sizes, h0, c0, weights, y, h_n, kept), kept)
+    c_n = torch.empty_like(h_n) if CELLS[cell].has_cell else None
+    run: Callable[..., None] = cuda.forward if cuda.takes(x) else _cpu.forward
+    own = tuple([_rows(w) for w in weights])
+    run(cell, _rows(x), _rows(h0), _rows(c0), own, y, h_n, c_n, kept, batch_sizes, torch.get_num_threads())
+    return Results(y, h_n, c_n, kept)
 
 
 def sizes(weights: Sequence[Tensor | None]) -> tuple[int, int]:
@@ -103,36 +107,6 @@ def sizes(weights: Sequence[Tensor | None]) -> tuple[int, int]:
     weight_hh = weights[1]
     assert weight_hh is not None
     return len(weights) // 4, weight_hh.shape[1]
-
-
-def _forward(
-    name: str,
-    x: Tensor,
-    batch_sizes: Steps,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor | None],
-    y: Tensor,
-    h_n: Tensor,
-    kept: Tensors,
-) -> Tensor | None:
-    """Returns c_n."""
-    c_n = torch.empty_like(h_n) if CELLS[name].has_cell else None
-    run: Callable[..., None] = cuda.forward if cuda.takes(x) else _cpu.forward
-    run(
-        name,
-        _rows(x),
-        _rows(h0),
-        _rows(c0),
-        tuple([_rows(w) for w in weights]),
-        y,
-        h_n,
-        c_n,
-        kept,
-        batch_sizes,
-        torch.get_num_threads(),
-    )
-    return c_n
 
 
 def cells_dtype(x: Tensor) -> torch.dtype:

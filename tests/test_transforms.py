@@ -10,7 +10,7 @@ from cases import CELLS, Case
 from torch import Tensor
 
 import pyrnnfast
-from pyrnnfast import autograd
+from pyrnnfast import autograd, layers
 
 SAMPLES = 3
 
@@ -74,6 +74,7 @@ def forbid_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the reference was used")
 
     monkeypatch.setattr(autograd, "reference_layer", refuse)
+    monkeypatch.setitem(layers._LAYERS, "reference", refuse)
 
 
 @every_case

@@ -171,9 +171,9 @@ struct BackwardPass {
     // Where the lines begin that a product brings nearer, one at each k, while it has `depth` of them before it: of
     // one stretch or the other. Null: nothing is left.
     const char* for_tile(int64_t index, int64_t depth) const {
-      const int64_t line = index * depth, tiles = ceil_div(saved.lines, depth) * depth;
+      const int64_t line = index * depth, after_saved = line - ceil_div(saved.lines, depth) * depth;
       if (line < saved.lines) return saved.data + line * 64;
-      return line - tiles < grad_y.lines ? grad_y.data + (line - tiles) * 64 : nullptr;
+      return after_saved < grad_y.lines ? grad_y.data + after_saved * 64 : nullptr;
     }
   };
   // Tile number `index` of those that use its panel, after which comes the panel `turn` places on, or `next`.
