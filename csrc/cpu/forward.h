@@ -224,6 +224,7 @@ struct ForwardPass {
       input_stride = gates_stride(p);
       for (int m = 0; m < place.rows; ++m) {
         for (int v = 0; v < gates * b.vectors; ++v) __builtin_prefetch(input + m * input_stride + v * S::lanes);
+        for (int v = 0; v < b.vectors; ++v) __builtin_prefetch(at<E>(p.y, flat + m, b.first + v * S::lanes), 1);
       }
     } else {
       dot_tile(p, p.weight_ih, at<const E>(p.x, flat, 0), p.x.stride, p.inputs, place.rows, b, input_tile);
@@ -245,8 +246,8 @@ struct ForwardPass {
   }
 
   template <class P>
-  static void recurrent_product(const Forward& p, const Plan& plan, const Place& place, const Block& b, Left<Operand> h,
-                                T* tile) {
+  static void recurrent_product(const Forward& p, const Plan& plan, const Place& place, const Block& b,
+                                const Left<Operand>& h, T* tile) {
     const int width = gates * b.vectors * S::lanes;
     const P* data = hidden_panel<P>(p, plan, b);
     const Panel<P> panel{data, width, place.turn == 0 ? nullptr : data + place.turn * packed_depth(p.hidden) * width};

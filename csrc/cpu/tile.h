@@ -41,12 +41,17 @@ struct Panel {
 
 // A: the type of the left operand in memory. Only pair products (simd.h) take narrow ones, with a depth of 1 between
 // them.
+//
+// The operands are references, not values: a structure on its way to the stack is copied in larger pieces than it was
+// just written in, and such a load has to wait until all stores before it have reached the cache, those of the last
+// tile's results among them. Then no product could begin while a tail is still at work.
 template <class S, class A, class P>
-using TileFn = void (*)(Left<A> a, Panel<P> panel, int64_t depth, typename S::Scalar* out, int64_t out_stride,
-                        bool add);
+using TileFn = void (*)(const Left<A>& a, const Panel<P>& panel, int64_t depth, typename S::Scalar* out,
+                        int64_t out_stride, bool add);
 
 template <class S, class A, class P, int Vectors, int Rows, int Chains>
-void product(Left<A> a, Panel<P> panel, int64_t depth, typename S::Scalar* out, int64_t out_stride, bool add) {
+void product(const Left<A>& a, const Panel<P>& panel, int64_t depth, typename S::Scalar* out, int64_t out_stride,
+             bool add) {
   using T = typename S::Scalar;
   using V = typename S::Value;
   V sum[Chains][Rows][Vectors];
@@ -186,7 +191,7 @@ struct Products {
 // those. `whole` is how many rows all threads have together: it decides the family, so that no bits depend on the
 // share.
 template <class S, class A, class P>
-void multiply(Left<A> a, int64_t rows, int64_t whole, Panel<P> panel, int columns, int64_t depth,
+void multiply(const Left<A>& a, int64_t rows, int64_t whole, const Panel<P>& panel, int columns, int64_t depth,
               typename S::Scalar* out, int64_t out_stride, bool add) {
   using T = typename S::Scalar;
   const int vectors = static_cast<int>(ceil_div(columns, S::lanes));
