@@ -52,12 +52,12 @@ py::tuple tuple_of(const Arguments& arguments, const std::vector<const char*>& n
 }
 
 py::object forward_of_plain(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"types", "cell",    "inputs", "hidden", "x",
-                                                 "hx",    "weights", "grad",   "threads"};
+  static const std::vector<const char*> names = {"types", "cell", "inputs",  "hidden", "dimensions",
+                                                 "x",     "hx",   "weights", "grad",   "threads"};
   const Arguments arguments("forward_plain", names, args, kwargs);
   return forward_plain(tuple_of(arguments, names, 0), arguments.text(1), arguments.integer(2), arguments.integer(3),
-                       arguments[4], arguments[5], tuple_of(arguments, names, 6), arguments[7].ptr() == Py_True,
-                       check_threads(arguments.integer(8)));
+                       arguments.integer(4), arguments[5], arguments[6], tuple_of(arguments, names, 7),
+                       arguments[8].ptr() == Py_True, check_threads(arguments.integer(9)));
 }
 
 py::object backward_of_plain(const py::args& args, const py::kwargs& kwargs) {

@@ -71,15 +71,15 @@ bool read_optional(py::handle given, const py::tuple& types, Operand& operand) {
 
 }  // namespace
 
-py::object forward_plain(const py::tuple& types, const std::string& cell, int64_t inputs, int64_t hidden, py::handle x,
-                         py::handle hx, const py::tuple& weights, bool grad, int threads) {
+py::object forward_plain(const py::tuple& types, const std::string& cell, int64_t inputs, int64_t hidden,
+                         int64_t dimensions, py::handle x, py::handle hx, const py::tuple& weights, bool grad,
+                         int threads) {
   ForwardOperands o;
   if (!read_plain_tensor(x, types, o.x) || o.x.memory != Memory::cpu) return py::none();
-  const bool step = o.x.dimensions == 2;
+  if (o.x.dimensions != dimensions || (dimensions != 2 && dimensions != 3)) return py::none();
+  const bool step = dimensions == 2;
   const int64_t T = step ? 1 : o.x.shape[0], B = o.x.shape[step ? 0 : 1];
-  if ((!step && o.x.dimensions != 3) || o.x.shape[o.x.dimensions - 1] != inputs || T < 1 || B < 1 || hidden < 1) {
-    return py::none();
-  }
+  if (o.x.shape[dimensions - 1] != inputs || T < 1 || B < 1 || hidden < 1) return py::none();
   if (weights.size() != 2 && weights.size() != 4) return py::none();
   bool keep = grad && requires_grad(x);
   o.weights.resize(4);
@@ -138,6 +138,9 @@ py::object backward_plain(const py::tuple& types, const std::string& cell, const
       given.kept.size() != (w->saved > 0 ? 1 : 0)) {
     return py::none();
   }
+  py::tuple gradients(7);
+  for (size_t i = 0; i < 7; ++i) gradients[i] = py::none();
+  if (given.grad_y.is_none() && given.grad_h_n.is_none() && given.grad_c_n.is_none()) return gradients;
   BackwardOperands o;
   o.weights.resize(4);
   if (!read_plain_tensor(given.x, types, o.x) || o.x.dimensions > 3 || !read_optional(given.h0, types, o.h0) ||
@@ -164,14 +167,11 @@ py::object backward_plain(const py::tuple& types, const std::string& cell, const
   const Operand* const operands[] = {&o.x, &o.h0, &o.c0, &o.weights[0], &o.weights[1], &o.weights[2], &o.weights[3]};
   o.dweights.resize(4);
   Operand* const wanted[] = {&o.dx, &o.dh0, &o.dc0, &o.dweights[0], &o.dweights[1], &o.dweights[2], &o.dweights[3]};
-  py::tuple gradients(7);
   for (size_t i = 0; i < 7; ++i) {
-    py::object gradient = py::none();
-    if (py::handle(given.needs[i]).ptr() == Py_True && operands[i]->present) {
-      if (operands[i]->dimensions > 3) return py::none();
-      gradient = new_empty(tensors[i], operands[i]->shape, operands[i]->dimensions);
-      *wanted[i] = read_tensor(gradient, "gradient");
-    }
+    if (py::handle(given.needs[i]).ptr() != Py_True || !operands[i]->present) continue;
+    if (operands[i]->dimensions > 3) return py::none();
+    const py::object gradient = new_empty(tensors[i], operands[i]->shape, operands[i]->dimensions);
+    *wanted[i] = read_tensor(gradient, "gradient");
     gradients[i] = gradient;
   }
   try {

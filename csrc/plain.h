@@ -9,12 +9,12 @@
 
 namespace pyrnnfast {
 
-// For x [T, B, I], or [B, I] of a step: a pair. Where `grad` says that gradients are enabled and an operand asks for
-// one: the results y, h_n, c_n, or h, c, in a tuple, and what backward needs in another. Else: what torch.nn's module,
-// or its cell, returns, and None.
+// For x of so many dimensions, 3: [T, B, I], or 2, a step: [B, I]: a pair. Where `grad` says that gradients are enabled
+// and an operand asks for one: the results y, h_n, c_n, or h, c, in a tuple, and what backward needs in another. Else:
+// what torch.nn's module, or its cell, returns, and None.
 pybind11::object forward_plain(const pybind11::tuple& types, const std::string& cell, int64_t inputs, int64_t hidden,
-                               pybind11::handle x, pybind11::handle hx, const pybind11::tuple& weights, bool grad,
-                               int threads);
+                               int64_t dimensions, pybind11::handle x, pybind11::handle hx,
+                               const pybind11::tuple& weights, bool grad, int threads);
 
 // The operands of such a call back through time.
 struct PlainBackward {
@@ -27,7 +27,8 @@ struct PlainBackward {
   pybind11::handle grad_h_n, grad_c_n;
 };
 
-// A tuple of the gradients of x, h0, c0 and the four weights; None where none is wanted.
+// A tuple of the gradients of x, h0, c0 and the four weights; None where none is wanted, or nothing comes from
+// upstream.
 pybind11::object backward_plain(const pybind11::tuple& types, const std::string& cell, const PlainBackward& operands,
                                 int threads);
 

@@ -42,6 +42,7 @@ def forward_plain(
     cell: str,
     inputs: int,
     hidden: int,
+    dimensions: int,
     x: object,
     hx: object,
     weights: tuple[object, ...],

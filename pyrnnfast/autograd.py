@@ -61,11 +61,12 @@ def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
     So it is where the result has to be differentiated itself (``create_graph``, or forward mode around backward), and
     where the gradients have a dimension that torch hides (``is_grads_batched``).
     """
-    return (
-        torch.is_grad_enabled()
-        or torch.autograd.forward_ad._current_level >= 0
-        or any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
-    )
+    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    for g in grads:  # noqa: SIM110 - any() of a generator takes three times as long, of which a single step has little
+        if g is not None and torch._C._functorch.is_legacy_batchedtensor(g):
+            return True
+    return False
 
 
 class _Layer(torch.autograd.Function):
@@ -145,30 +146,32 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h0, c0, *rest = ctx.saved_tensors
-        weights, y, kept = tuple(rest[:4]), rest[4], tuple(rest[5:])
+        saved = ctx.saved_tensors
+        (x, h0, c0), weights, y, kept = saved[:3], saved[3:7], saved[7], saved[8:]
         cell, needs = ctx.cell, ctx.needs_input_grad[3:]
-        if all(g is None for g in grads):
-            return (None,) * len(ctx.needs_input_grad)
         step = x.dim() == 2
-        upstream = Upstream(None, *grads) if step else Upstream(*grads)
+        upstream = (None, *grads) if step else grads
         if beyond_kernels(grads):
+            if all(g is None for g in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            upstream = Upstream(*upstream)
             if step:
                 x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
                 upstream = Upstream(*(None if g is None else g.unsqueeze(0) for g in upstream))
             found = differentiable_backward(cell, needs, x, None, h0, c0, weights, upstream)
             x_h_c = [g.squeeze(0) if step and g is not None else g for g in found[:3]]
             return None, None, None, *x_h_c, *found.weights
-        upstream = Upstream(*(gradient(g) for g in upstream))
+        own = [None if g is None else gradient(g) for g in upstream]
+        grad_y, grad_h_n, grad_c_n = own if len(own) == 3 else (*own, None)
         short = _cpu.backward_plain(
-            PLAIN, cell, needs, x, h0, c0, weights, y, kept, *upstream[:3], torch.get_num_threads()
+            PLAIN, cell, needs, x, h0, c0, weights, y, kept, grad_y, grad_h_n, grad_c_n, torch.get_num_threads()
         )
         if short is not None:
             return None, None, None, *short
         # Something has changed what was saved, as hooks of torch may: its rows are where the kernels do not read them.
         if y is None:
             y = kept[0][:, : sizes(weights)[1]]  # for its size, where its values are of no use
-        found = backward(cell, needs, x, None, h0, c0, weights, y, apart(cell, kept, weights), upstream)
+        found = backward(cell, needs, x, None, h0, c0, weights, y, apart(cell, kept, weights), Upstream(*own))
         return None, None, None, found.x, found.h0, found.c0, *found.weights
 
 

@@ -20,25 +20,36 @@ from .obstacles import PLAIN, Spec
 __all__ = ["Options", "gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 
-def plain(cell: str, input_size: int, hidden_size: int, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
+def plain(
+    cell: str, input_size: int, hidden_size: int, dimensions: int, input: Tensor, hx: Any, weights: Sequence[Tensor]
+) -> Any:
     """The shortest road, for a dense, time-major layer of one direction, or a step.
 
     Args:
-        input: [T, B, I], or [B, I] for a step
+        dimensions: that the input must have: 3, [T, B, I], or 2 for a step, [B, I]
 
     Returns:
         What :func:`call` would, or None where the call is not as plain as that: then :func:`call` knows what to do.
     """
-    if obstacles.form(input) != "eager" or torch.is_autocast_enabled("cpu") or obstacles.recording_obstacle():
+    if obstacles.is_busy():
         return None
-    operands = input, hx, tuple(weights)
+    weights = tuple(weights)
     found = _cpu.forward_plain(
-        PLAIN, cell, input_size, hidden_size, *operands, torch.is_grad_enabled(), torch.get_num_threads()
+        PLAIN,
+        cell,
+        input_size,
+        hidden_size,
+        dimensions,
+        input,
+        hx,
+        weights,
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
     )
     if found is None:
         return None
     results, kept = found
-    return results if kept is None else autograd.of_plain(cell, results, kept, *operands)
+    return results if kept is None else autograd.of_plain(cell, results, kept, input, hx, weights)
 
 
 def call(

@@ -8,7 +8,7 @@ so that torch's answers and error texts stay torch's. :func:`explain` tells whic
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, ParamSpec, TypedDict, Unpack
 
 import torch
@@ -21,13 +21,13 @@ from .obstacles import Spec
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-def _weight(module: torch.nn.Module, name: str) -> Any:
+def _weights(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
     """By name at every call: parametrizations, pruning and functional_call put other tensors there.
 
     A parameter is only ever there under its own name; asking for it directly is five times as fast as ``getattr``.
     """
-    weight = module._parameters.get(name)
-    return getattr(module, name) if weight is None else weight
+    parameters = module._parameters
+    return [getattr(module, name) if (w := parameters.get(name)) is None else w for name in names]
 
 
 class _Ours(torch.nn.Module):
@@ -138,18 +138,20 @@ class _Layers(_Ours, torch.nn.RNNBase):
         """
         weights = self._weights()
         extras = _extras(given) if given else NO_EXTRAS
-        if self._is_plain() and not extras and type(input) is Tensor and input.dim() == 3:
-            found = functional.plain(self.mode.lower(), self.input_size, self.hidden_size, input, hx, weights)
-            if found is not None:
-                return found
+        if type(input) is Tensor and not extras:
+            # What torch.nn.Module finds by __getattr__'s rules takes three times as long to ask for.
+            own = vars(self)
+            if own["num_layers"] == 1 and not (
+                own["bidirectional"] or own["batch_first"] or own["proj_size"] or "cell_states" in own
+            ):
+                found = functional.plain(
+                    own["mode"].lower(), own["input_size"], own["hidden_size"], 3, input, hx, weights
+                )
+                if found is not None:
+                    return found
         elif isinstance(input, torch.fx.Proxy):
             return self._recorded(input, hx, **given)
         return functional.call(self._spec(), input, hx, weights, otherwise=super().forward, extras=extras)
-
-    def _is_plain(self) -> bool:
-        return self.num_layers == 1 and not (
-            self.bidirectional or self.batch_first or self.proj_size or self.cell_states
-        )
 
     def _spec(self) -> Spec:
         return Spec(
@@ -167,7 +169,7 @@ class _Layers(_Ours, torch.nn.RNNBase):
         )
 
     def _weights(self) -> list[Tensor]:
-        return [_weight(self, name) for name in self._flat_weights_names]
+        return _weights(self, self._flat_weights_names)
 
 
 class RNN(_Layers, torch.nn.RNN):
@@ -251,8 +253,8 @@ class _Cells(_Ours, torch.nn.RNNCellBase):
             ValueError, RuntimeError: with torch's words; TypeError when the LSTM's ``hx`` is no pair.
         """
         weights = self._weights()
-        if type(input) is Tensor and input.dim() == 2:
-            found = functional.plain(self._kind(), self.input_size, self.hidden_size, input, hx, weights)
+        if type(input) is Tensor:
+            found = functional.plain(self._kind(), self.input_size, self.hidden_size, 2, input, hx, weights)
             if found is not None:
                 return found
         elif isinstance(input, torch.fx.Proxy):
@@ -266,7 +268,7 @@ class _Cells(_Ours, torch.nn.RNNCellBase):
         return Spec(self._kind(), self.input_size, self.hidden_size, bias=self.bias, single_step=True)
 
     def _weights(self) -> list[Tensor]:
-        return [_weight(self, name) for name in _CELL_WEIGHTS[: 4 if self.bias else 2]]
+        return _weights(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
 
 
 class RNNCell(_Cells, torch.nn.RNNCell):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _cpu, cuda, passes
@@ -16,6 +17,8 @@ Hidden = Tensor | tuple[Tensor, Tensor] | None
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The types of tensors that a kernel may read."""
+
+_EXPORTER = "torch.onnx._internal.exporter._flags"
 
 _SERVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # on the CPU
 
@@ -44,7 +47,7 @@ class Spec(NamedTuple):
 def form(input: Any) -> str:
     """What the state of torch asks for: operators that a trace can record, functions that transforms can take apart, or
     neither."""
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "transforms"
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return "operators"
@@ -58,9 +61,27 @@ def recording_obstacle() -> str | None:
         return None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
+    return "torch.onnx is exporting" if _is_exporting() else None
+
+
+def _is_exporting() -> bool:
     # torch.onnx.is_in_onnx_export would import what few have.
-    exporter = sys.modules.get("torch.onnx._internal.exporter._flags")
-    return "torch.onnx is exporting" if exporter is not None and exporter._is_onnx_exporting else None
+    exporter = sys.modules.get(_EXPORTER)
+    return exporter is not None and exporter._is_onnx_exporting
+
+
+def is_busy() -> bool:
+    """Whether torch's state asks for more than plain calls on plain CPU tensors: another :func:`form`, a
+    :func:`recording_obstacle` or autocast. In half the time, of which a single step has little."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+        or (_EXPORTER in sys.modules and _is_exporting())
+    )
 
 
 def _tensor_obstacle(name: str, tensor: Any, like: Tensor) -> str | None:

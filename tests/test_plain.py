@@ -182,6 +182,30 @@ def test_what_hooks_have_changed_goes_the_long_way(cell: str, single_step: bool,
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+class Stops(torch.autograd.Function):
+    """Passes a tensor on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_from_upstream_gives_nothing(cell: str, single_step: bool, back: list[bool]) -> None:
+    case = Case(cell, single_step=single_step)
+    module = case.module(pyrnnfast)
+    x, states = case.operands()
+    found = [Stops.apply(t).sum() for t in case.run(module, x, states).values()]  # type: ignore[no-untyped-call]
+    sum(found).backward()
+    assert back == [True]
+    assert all(t.grad is None for t in (x, *states, *module.parameters()))
+
+
 ODDITIES: dict[str, Callable[[Case, torch.nn.Module, Tensor, tuple[Tensor, ...]], tuple[Any, Any]]] = {
     "rows_apart": lambda case, m, x, s: (torch.stack([x, x], -1)[..., 0], case.hx(s)),
     "expanded": lambda case, m, x, s: (x[:1].expand(x.shape), case.hx(s)),
@@ -254,18 +278,20 @@ GRU = (torch.ones(9, 4), torch.ones(9, 3), torch.ones(9), torch.ones(9))
 
 def test_junk_raises_or_is_refused() -> None:
     types = (Tensor, torch.nn.Parameter)
-    good = (types, "gru", 4, 3, torch.ones(2, 1, 4), None, GRU, False, 1)
+    good = (types, "gru", 4, 3, 3, torch.ones(2, 1, 4), None, GRU, False, 1)
     assert _cpu.forward_plain(*good) is not None
-    for index, junk in enumerate(((), "no cell", 5, 4, object(), 3, ())):
+    for index, junk in enumerate(((), "no cell", 5, 4, 2, object(), 3, ())):
         assert _cpu.forward_plain(*good[:index], junk, *good[index + 1 :]) is None, index
     with pytest.raises(TypeError, match="threads must be an int"):
         _cpu.forward_plain(*good[:-1], None)
-    for index in (0, 6):
+    for dimensions in (-1, 0, 1, 4):
+        assert _cpu.forward_plain(*good[:4], dimensions, torch.ones((2,) * max(dimensions, 0)), *good[6:]) is None
+    for index in (0, 7):
         with pytest.raises(TypeError, match="must be a tuple"):
             _cpu.forward_plain(*good[:index], [], *good[index + 1 :])
     for k in range(4):
         for junk in (None, torch.ones(9, 4, 1), torch.ones(2), torch.ones(9, 4, device="meta"), "x"):
-            assert _cpu.forward_plain(*good[:6], (*GRU[:k], junk, *GRU[k + 1 :]), False, 1) is None, (k, junk)
+            assert _cpu.forward_plain(*good[:7], (*GRU[:k], junk, *GRU[k + 1 :]), False, 1) is None, (k, junk)
 
 
 @pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
