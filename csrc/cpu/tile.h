@@ -15,11 +15,14 @@ inline constexpr int kMaxVectors = 4;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where the elements of a matrix stand: a[m, k] at data[m · row + k · depth].
+// Where the elements of a matrix stand: a[m, k] at data[m · row + k · depth]. The strides are apart, so that no compiler
+// copies them as one: see TileFn.
 template <class T>
 struct Left {
+  Left(const T* first, int64_t row_stride, int64_t depth_stride) : row(row_stride), data(first), depth(depth_stride) {}
+  int64_t row;
   const T* data;
-  int64_t row, depth;
+  int64_t depth;
 };
 
 // `width` elements for each k, `stride` apart; they may be narrower in memory (P) than what is computed with. `ahead`
