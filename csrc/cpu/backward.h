@@ -93,6 +93,8 @@ struct BackwardPass {
       const int64_t end = active < share.row_end ? active : share.row_end;
       const int64_t continuing = active_before < end ? active_before : end;
       const int64_t leaving = active_before < share.row_end ? active_before : share.row_end;
+      const int64_t starting = continuing > share.row_begin ? continuing : share.row_begin;
+      const Heights heights(continuing - share.row_begin, tallest), starting_heights(end - starting, tallest);
       // The dgates of the step before, of row 0.
       const Operand* dgates = active_before == 0 ? nullptr : G::dgates_at(p, plan, i == 0 ? before : chunk, t_before);
       for (int64_t j = 0; j < own_blocks; ++j) {
@@ -102,13 +104,15 @@ struct BackwardPass {
         const int turn = j + 1 == own_blocks || !plan.packed ? 0 : ascending ? 1 : -1;
         const Nearer next = j + 1 == own_blocks ? nearer(p, p.reverse ? t + 1 : t - 1, share) : Nearer{};
         int index = 0;
-        for (int64_t row = share.row_begin; row < end; ++index) {
-          const bool continues = row < continuing;
-          const int64_t left = (continues ? continuing : end) - row;
-          const int rows = static_cast<int>(ceil_div(left, ceil_div(left, tallest)));
-          one_tile(p, plan, chunk, Place{t, row, rows, index, turn, next}, b, continues ? dgates : nullptr);
-          row += rows;
-        }
+        const auto stretch = [&](int64_t row, int64_t last, const Heights& heights, const Operand* before_them) {
+          for (int64_t i = 0; row < last; ++i, ++index) {
+            const int rows = heights[i];
+            one_tile(p, plan, chunk, Place{t, row, rows, index, turn, next}, b, before_them);
+            row += rows;
+          }
+        };
+        stretch(share.row_begin, continuing, heights, dgates);
+        stretch(starting, end, starting_heights, nullptr);
         // Sequences that had their first step just before, in a layer that runs backward.
         const int64_t first = end > share.row_begin ? end : share.row_begin;
         if (p.dh0.data != nullptr && first < leaving) leave(p, plan, b, first, leaving, dgates);

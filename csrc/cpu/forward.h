@@ -119,6 +119,7 @@ struct ForwardPass {
       const int64_t active = active_rows(p, t);
       const int64_t end = active < share.row_end ? active : share.row_end;
       const int64_t going_on = active_rows(p, p.reverse ? t - 1 : t + 1);
+      const Heights heights(end - share.row_begin, tallest);
       for (int64_t j = 0; j < own_blocks; ++j) {
         // To and fro, so that each step begins with the weights that the last one has left in the cache.
         const bool ascending = step % 2 == 0;
@@ -126,8 +127,7 @@ struct ForwardPass {
         const int turn = j + 1 == own_blocks ? 0 : ascending ? 1 : -1;
         int index = 0;
         for (int64_t row = share.row_begin; row < end; ++index) {
-          const int64_t left = end - row;
-          const int rows = static_cast<int>(ceil_div(left, ceil_div(left, tallest)));
+          const int rows = heights[index];
           one_tile(p, plan, Place{t, step, row, rows, p.offsets[chunk.first], going_on, index, turn}, b);
           row += rows;
         }

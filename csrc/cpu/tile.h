@@ -15,8 +15,8 @@ inline constexpr int kMaxVectors = 4;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where the elements of a matrix stand: a[m, k] at data[m · row + k · depth]. The strides are apart, so that no compiler
-// copies them as one: see TileFn.
+// Where the elements of a matrix stand: a[m, k] at data[m · row + k · depth]. The strides are apart, so that no
+// compiler copies them as one: see TileFn.
 template <class T>
 struct Left {
   Left(const T* first, int64_t row_stride, int64_t depth_stride) : row(row_stride), data(first), depth(depth_stride) {}
@@ -190,6 +190,21 @@ struct Products {
                                                                 small_row<4>()};
 };
 
+// Rows cut into as few tiles as can be, of heights as equal as can be, the taller ones first. Divided once: a tile may
+// be done before a division is.
+class Heights {
+ public:
+  Heights(int64_t rows, int tallest) {
+    const int64_t tiles = ceil_div(rows, tallest);
+    low_ = tiles > 0 ? rows / tiles : 0;
+    tall_ = rows - low_ * tiles;
+  }
+  int operator[](int64_t index) const { return static_cast<int>(low_ + (index < tall_ ? 1 : 0)); }
+
+ private:
+  int64_t low_, tall_;
+};
+
 // Any number of rows times one panel of `columns` ≤ vectors · lanes columns; the panel has all of them, `out` only
 // those. `whole` is how many rows all threads have together: it decides the family, so that no bits depend on the
 // share.
@@ -199,15 +214,14 @@ void multiply(const Left<A>& a, int64_t rows, int64_t whole, const Panel<P>& pan
   using T = typename S::Scalar;
   const int vectors = static_cast<int>(ceil_div(columns, S::lanes));
   const int width = vectors * S::lanes;
-  const int tallest = Products<S, A, P>::rows(whole);
+  const Heights heights(rows, Products<S, A, P>::rows(whole));
   for (int64_t first = 0, index = 0; first < rows; ++index) {
-    const int64_t left = rows - first;
-    const int height = static_cast<int>(ceil_div(left, ceil_div(left, tallest)));
+    const int height = heights[index];
     const auto tile_product = Products<S, A, P>::find(whole, vectors, height);
     const Left<A> part{a.data + first * a.row, a.row, a.depth};
     T* to = out + first * out_stride;
     if (add) {
-      for (int64_t m = height; m < 2 * height && m < left; ++m) {
+      for (int64_t m = height; m < 2 * height && m < rows - first; ++m) {
         for (int i = 0; i < columns; i += static_cast<int>(64 / sizeof(T)))
           __builtin_prefetch(to + m * out_stride + i, 1);
       }
