@@ -38,7 +38,7 @@ struct BackwardPass {
       bytes[kPackedHidden] = size * packed_depth(gates * p.hidden) * columns;
     }
     if (p.dx.data != nullptr) {
-      const int64_t columns = plan.packed ? padded<S>(p.inputs) : unit_vectors * S::lanes;
+      const int64_t columns = plan.input_packed ? padded<S>(p.inputs) : unit_vectors * S::lanes;
       bytes[kPackedInput] = narrow_size * packed_depth(gates * p.hidden) * columns;
       if (!kSame<T, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
     }
@@ -59,7 +59,7 @@ struct BackwardPass {
         const Block b = block(p, index);
         if (narrow(p)) {
           G::template pack<E>(p, p.weight_hh, b, G::template packed_panel<E>(p, plan, kPackedHidden, b));
-        } else if (!G::lies_ready(plan, b)) {
+        } else if (!G::lies_ready(plan, kPackedHidden, b)) {
           G::template pack<T>(p, p.weight_hh, b, G::template packed_panel<T>(p, plan, kPackedHidden, b));
         }
       }
@@ -67,7 +67,7 @@ struct BackwardPass {
     if (p.dx.data != nullptr) {
       for (int64_t index = share.rank; index < G::input_blocks(p); index += share.size) {
         const Block b = G::input_block(p, index);
-        if (!G::lies_ready(plan, b))
+        if (!G::lies_ready(plan, kPackedInput, b))
           G::template pack<Operand>(p, p.weight_ih, b, G::template packed_panel<Operand>(p, plan, kPackedInput, b));
       }
     }

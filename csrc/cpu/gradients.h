@@ -25,18 +25,19 @@ struct Gradients {
   static int64_t input_blocks(const Backward& p) { return ceil_div(p.inputs, kMaxVectors * S::lanes); }
   static Block input_block(const Backward& p, int64_t index) { return block_at<S>(p.inputs, kMaxVectors, index); }
 
+  static bool packed(const Plan& plan, Region r) { return r == kPackedHidden ? plan.packed : plan.input_packed; }
   // Whether a block of columns is read where it lies.
-  static bool lies_ready(const Plan& plan, const Block& b) {
-    return kSame<T, E> && !plan.packed && b.present == b.vectors * S::lanes;
+  static bool lies_ready(const Plan& plan, Region r, const Block& b) {
+    return kSame<T, E> && !packed(plan, r) && b.present == b.vectors * S::lanes;
   }
   template <class P>
   static P* packed_panel(const Backward& p, const Plan& plan, Region r, const Block& b) {
-    return region<P>(plan, r) + (plan.packed ? packed_depth(gates * p.hidden) * b.first : 0);
+    return region<P>(plan, r) + (packed(plan, r) ? packed_depth(gates * p.hidden) * b.first : 0);
   }
   template <class P>
   static Panel<P> panel(const Backward& p, const Plan& plan, const Matrix& weight, Region r, const Block& b) {
     if constexpr (kSame<T, E>) {
-      if (lies_ready(plan, b)) return {at<const P>(weight, 0, b.first), weight.stride};
+      if (lies_ready(plan, r, b)) return {at<const P>(weight, 0, b.first), weight.stride};
     }
     return {packed_panel<P>(p, plan, r, b), b.vectors * S::lanes};
   }
@@ -142,7 +143,7 @@ struct Gradients {
         multiply<S>(Left<Operand>{left + k, dgates_stride(p), 1}, end - begin, chunk_rows(p, chunk),
                     // The next panel lies behind this one, where they are packed.
                     Panel<Operand>{weights.data + k * weights.stride, weights.stride,
-                                   plan.packed ? weights.data + (k + depth) * weights.stride : nullptr},
+                                   plan.input_packed ? weights.data + (k + depth) * weights.stride : nullptr},
                     b.present, depth, out.data + b.first, out.stride, out.again || k > 0);
       }
     }

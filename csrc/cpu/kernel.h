@@ -29,6 +29,7 @@ enum Region {
 // What schedule.cpp has decided about a call, and where its regions stand.
 struct Plan {
   bool packed;         // weights are packed; else they are read where they lie, which pays for a few rows
+  bool input_packed;   // backward: W_ih is, too
   int64_t chunk_rows;  // at most so many rows in a chunk of steps, unless one step has more
   int threads;
   void* region[kRegions];
