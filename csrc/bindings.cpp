@@ -52,30 +52,33 @@ py::tuple tuple_of(const Arguments& arguments, const std::vector<const char*>& n
 }
 
 py::object forward_of_plain(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"types", "cell", "inputs",  "hidden", "dimensions",
+  static const std::vector<const char*> names = {"types", "cell", "inputs",  "hidden", "dimensions", "batch_first",
                                                  "x",     "hx",   "weights", "grad",   "threads"};
   const Arguments arguments("forward_plain", names, args, kwargs);
   return forward_plain(tuple_of(arguments, names, 0), arguments.text(1), arguments.integer(2), arguments.integer(3),
-                       arguments.integer(4), arguments[5], arguments[6], tuple_of(arguments, names, 7),
-                       arguments[8].ptr() == Py_True, check_threads(arguments.integer(9)));
+                       arguments.integer(4), arguments[5].ptr() == Py_True, arguments[6], arguments[7],
+                       tuple_of(arguments, names, 8), arguments[9].ptr() == Py_True,
+                       check_threads(arguments.integer(10)));
 }
 
 py::object backward_of_plain(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"types", "cell", "needs",  "x",        "h0",       "c0",     "weights",
-                                                 "y",     "kept", "grad_y", "grad_h_n", "grad_c_n", "threads"};
+  static const std::vector<const char*> names = {"types",  "cell",     "needs",    "batch_first", "x",
+                                                 "h0",     "c0",       "weights",  "y",           "kept",
+                                                 "grad_y", "grad_h_n", "grad_c_n", "threads"};
   const Arguments arguments("backward_plain", names, args, kwargs);
   const PlainBackward operands{tuple_of(arguments, names, 2),
-                               arguments[3],
+                               arguments[3].ptr() == Py_True,
                                arguments[4],
                                arguments[5],
-                               tuple_of(arguments, names, 6),
-                               arguments[7],
-                               tuple_of(arguments, names, 8),
-                               arguments[9],
+                               arguments[6],
+                               tuple_of(arguments, names, 7),
+                               arguments[8],
+                               tuple_of(arguments, names, 9),
                                arguments[10],
-                               arguments[11]};
+                               arguments[11],
+                               arguments[12]};
   return backward_plain(tuple_of(arguments, names, 0), arguments.text(1), operands,
-                        check_threads(arguments.integer(12)));
+                        check_threads(arguments.integer(13)));
 }
 
 void check_batch_sizes_of(const py::args& args, const py::kwargs& kwargs) {

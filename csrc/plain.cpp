@@ -2,6 +2,7 @@
 #include "plain.h"
 
 #include <stdexcept>
+#include <utility>
 
 #include "run.h"
 #include "tensor.h"
@@ -64,6 +65,14 @@ const Widths* widths_or_null(const std::string& cell) {
   }
 }
 
+// [B, T, ·] as [T, B, ·], whose rows lie in the same order where T or B is 1; whether it does.
+bool exchange_time_and_batch(Operand& o) {
+  if (o.dimensions != 3 || (o.shape[0] != 1 && o.shape[1] != 1)) return false;
+  std::swap(o.shape[0], o.shape[1]);
+  std::swap(o.stride[0], o.stride[1]);
+  return true;
+}
+
 // Reads an operand that may be missing; whether it is plain, or nothing.
 bool read_optional(py::handle given, const py::tuple& types, Operand& operand) {
   return given.is_none() || read_plain_tensor(given, types, operand);
@@ -72,11 +81,12 @@ bool read_optional(py::handle given, const py::tuple& types, Operand& operand) {
 }  // namespace
 
 py::object forward_plain(const py::tuple& types, const std::string& cell, int64_t inputs, int64_t hidden,
-                         int64_t dimensions, py::handle x, py::handle hx, const py::tuple& weights, bool grad,
-                         int threads) {
+                         int64_t dimensions, bool batch_first, py::handle x, py::handle hx, const py::tuple& weights,
+                         bool grad, int threads) {
   ForwardOperands o;
   if (!read_plain_tensor(x, types, o.x) || o.x.memory != Memory::cpu) return py::none();
   if (o.x.dimensions != dimensions || (dimensions != 2 && dimensions != 3)) return py::none();
+  if (batch_first && !exchange_time_and_batch(o.x)) return py::none();
   const bool step = dimensions == 2;
   const int64_t T = step ? 1 : o.x.shape[0], B = o.x.shape[step ? 0 : 1];
   if (o.x.shape[dimensions - 1] != inputs || T < 1 || B < 1 || hidden < 1) return py::none();
@@ -103,11 +113,14 @@ py::object forward_plain(const py::tuple& types, const std::string& cell, int64_
   const Widths* const w = widths_or_null(cell);
   // Narrow data keep cell states that are wider.
   if (w == nullptr || (keep && w->cell && o.x.type == ElementType::bfloat16)) return py::none();
-  const py::object y = step ? new_empty(x, B, hidden) : new_empty(x, T, B, hidden);
+  const py::object y = step          ? new_empty(x, B, hidden)
+                       : batch_first ? new_empty(x, B, T, hidden)
+                                     : new_empty(x, T, B, hidden);
   const py::object h_n = step ? y : new_empty(x, int64_t{1}, B, hidden);
   const py::object c_n = !lstm ? py::none() : step ? new_empty(x, B, hidden) : new_empty(x, int64_t{1}, B, hidden);
   py::object block = py::none();
   o.y = read_tensor(y, "y");
+  if (batch_first) exchange_time_and_batch(o.y);
   o.h_n = read_tensor(h_n, "h_n");
   o.c_n = read_tensor(c_n, "c_n");
   if (keep) {
@@ -149,6 +162,11 @@ py::object backward_plain(const py::tuple& types, const std::string& cell, const
       !read_optional(given.grad_c_n, types, o.grad_c_n)) {
     return py::none();
   }
+  if (given.batch_first) {
+    for (Operand* operand : {&o.x, &o.y, &o.grad_y}) {
+      if (operand->present && !exchange_time_and_batch(*operand)) return py::none();
+    }
+  }
   for (size_t i = 0; i < 4; ++i) {
     if (!read_optional(given.weights[i], types, o.weights[i])) return py::none();
   }
@@ -170,8 +188,12 @@ py::object backward_plain(const py::tuple& types, const std::string& cell, const
   for (size_t i = 0; i < 7; ++i) {
     if (py::handle(given.needs[i]).ptr() != Py_True || !operands[i]->present) continue;
     if (operands[i]->dimensions > 3) return py::none();
-    const py::object gradient = new_empty(tensors[i], operands[i]->shape, operands[i]->dimensions);
+    const bool exchanged = given.batch_first && i == 0;
+    Operand like = *operands[i];
+    if (exchanged) exchange_time_and_batch(like);
+    const py::object gradient = new_empty(tensors[i], std::as_const(like).shape, like.dimensions);
     *wanted[i] = read_tensor(gradient, "gradient");
+    if (exchanged) exchange_time_and_batch(*wanted[i]);
     gradients[i] = gradient;
   }
   try {

@@ -121,7 +121,7 @@ class _Layer(torch.autograd.Function):
 
 
 class _Plain(torch.autograd.Function):
-    """y, h_n[, c_n], or of a step h[, c], = plain(cell, results, kept, x, h0, c0, *weights)
+    """y, h_n[, c_n], or of a step h[, c], = plain(cell, batch_first, results, kept, x, h0, c0, *weights)
 
     ``_cpu.forward_plain`` has made the results; here is their derivative.
     """
@@ -130,6 +130,7 @@ class _Plain(torch.autograd.Function):
     def forward(
         ctx: Any,
         cell: str,
+        batch_first: bool,
         results: tuple[Tensor, ...],
         kept: tuple[Tensor, ...],
         x: Tensor,
@@ -137,7 +138,7 @@ class _Plain(torch.autograd.Function):
         c0: Tensor | None,
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ctx.cell = cell
+        ctx.cell, ctx.batch_first = cell, batch_first
         ctx.set_materialize_grads(False)
         # Of a step, only the vanilla RNN's backward looks at h; who else changes theirs in place may.
         y = None if kept and x.dim() == 2 else results[0]
@@ -148,31 +149,57 @@ class _Plain(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         (x, h0, c0), weights, y, kept = saved[:3], saved[3:7], saved[7], saved[8:]
-        cell, needs = ctx.cell, ctx.needs_input_grad[3:]
+        cell, batch_first, needs = ctx.cell, ctx.batch_first, ctx.needs_input_grad[4:]
         step = x.dim() == 2
         upstream = (None, *grads) if step else grads
-        if beyond_kernels(grads):
-            if all(g is None for g in grads):
-                return (None,) * len(ctx.needs_input_grad)
-            upstream = Upstream(*upstream)
+        by_reference = beyond_kernels(grads)
+        if not by_reference:
+            own = [None if g is None else gradient(g) for g in upstream]
+            grad_y, grad_h_n, grad_c_n = own if len(own) == 3 else (*own, None)
+            short = _cpu.backward_plain(
+                PLAIN,
+                cell,
+                needs,
+                batch_first,
+                x,
+                h0,
+                c0,
+                weights,
+                y,
+                kept,
+                grad_y,
+                grad_h_n,
+                grad_c_n,
+                torch.get_num_threads(),
+            )
+            if short is not None:
+                return None, None, None, None, *short
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+
+        def turned(t: Tensor | None) -> Tensor | None:
+            return t.transpose(0, 1) if batch_first and t is not None else t
+
+        x, y = turned(x), turned(y)
+        upstream = turned(upstream[0]), *upstream[1:]
+        if by_reference:
             if step:
                 x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
-                upstream = Upstream(*(None if g is None else g.unsqueeze(0) for g in upstream))
-            found = differentiable_backward(cell, needs, x, None, h0, c0, weights, upstream)
-            x_h_c = [g.squeeze(0) if step and g is not None else g for g in found[:3]]
-            return None, None, None, *x_h_c, *found.weights
-        own = [None if g is None else gradient(g) for g in upstream]
-        grad_y, grad_h_n, grad_c_n = own if len(own) == 3 else (*own, None)
-        short = _cpu.backward_plain(
-            PLAIN, cell, needs, x, h0, c0, weights, y, kept, grad_y, grad_h_n, grad_c_n, torch.get_num_threads()
-        )
-        if short is not None:
-            return None, None, None, *short
-        # Something has changed what was saved, as hooks of torch may: its rows are where the kernels do not read them.
-        if y is None:
-            y = kept[0][:, : sizes(weights)[1]]  # for its size, where its values are of no use
-        found = backward(cell, needs, x, None, h0, c0, weights, y, apart(cell, kept, weights), Upstream(*own))
-        return None, None, None, found.x, found.h0, found.c0, *found.weights
+                upstream = tuple(None if g is None else g.unsqueeze(0) for g in upstream)
+            found = differentiable_backward(cell, needs, x, None, h0, c0, weights, Upstream(*upstream))
+            if step:
+                x, h0, c0 = (None if g is None else g.squeeze(0) for g in (found.x, found.h0, found.c0))
+                found = Gradients(x, h0, c0, found.weights)
+        else:
+            # Something has changed what was saved, as hooks of torch may: its rows are where the kernels do not read
+            # them.
+            if y is None:
+                y = kept[0][:, : sizes(weights)[1]]  # for its size, where its values are of no use
+            own = [None if g is None else gradient(g) for g in upstream]
+            assert x is not None
+            assert y is not None
+            found = backward(cell, needs, x, None, h0, c0, weights, y, apart(cell, kept, weights), Upstream(*own))
+        return None, None, None, None, turned(found.x), found.h0, found.c0, *found.weights
 
 
 # Function.apply first looks for functorch's transforms and wrappers, and for default arguments. Here are none
@@ -361,11 +388,17 @@ def layer(
 
 
 def of_plain(
-    cell: str, results: tuple[Tensor, ...], kept: tuple[Tensor, ...], x: Tensor, hx: Any, weights: tuple[Tensor, ...]
+    cell: str,
+    batch_first: bool,
+    results: tuple[Tensor, ...],
+    kept: tuple[Tensor, ...],
+    x: Tensor,
+    hx: Any,
+    weights: tuple[Tensor, ...],
 ) -> Any:
     """What ``_cpu.forward_plain`` has made of these operands, with its derivative, as torch.nn's modules return it."""
     h0, c0 = hx if cell == "lstm" and hx is not None else (hx, None)
-    found = _apply_plain(cell, results, kept, x, h0, c0, *weights, *(None,) * (4 - len(weights)))
+    found = _apply_plain(cell, batch_first, results, kept, x, h0, c0, *weights, *(None,) * (4 - len(weights)))
     y, *states = found if x.dim() == 3 else (None, *found)
     state = tuple(states) if cell == "lstm" else states[0]
     return state if y is None else (y, state)

@@ -21,12 +21,19 @@ __all__ = ["Options", "gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 
 def plain(
-    cell: str, input_size: int, hidden_size: int, dimensions: int, input: Tensor, hx: Any, weights: Sequence[Tensor]
+    cell: str,
+    input_size: int,
+    hidden_size: int,
+    dimensions: int,
+    batch_first: bool,
+    input: Tensor,
+    hx: Any,
+    weights: Sequence[Tensor],
 ) -> Any:
-    """The shortest road, for a dense, time-major layer of one direction, or a step.
+    """The shortest road, for a dense layer of one direction, or a step.
 
     Args:
-        dimensions: that the input must have: 3, [T, B, I], or 2 for a step, [B, I]
+        dimensions: that the input must have: 3, [T, B, I] or with ``batch_first`` [B, T, I], or 2 for a step, [B, I]
 
     Returns:
         What :func:`call` would, or None where the call is not as plain as that: then :func:`call` knows what to do.
@@ -40,6 +47,7 @@ def plain(
         input_size,
         hidden_size,
         dimensions,
+        batch_first,
         input,
         hx,
         weights,
@@ -49,7 +57,7 @@ def plain(
     if found is None:
         return None
     results, kept = found
-    return results if kept is None else autograd.of_plain(cell, results, kept, input, hx, weights)
+    return results if kept is None else autograd.of_plain(cell, batch_first, results, kept, input, hx, weights)
 
 
 def call(

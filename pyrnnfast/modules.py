@@ -141,12 +141,9 @@ class _Layers(_Ours, torch.nn.RNNBase):
         if type(input) is Tensor and not extras:
             # What torch.nn.Module finds by __getattr__'s rules takes three times as long to ask for.
             own = vars(self)
-            if own["num_layers"] == 1 and not (
-                own["bidirectional"] or own["batch_first"] or own["proj_size"] or "cell_states" in own
-            ):
-                found = functional.plain(
-                    own["mode"].lower(), own["input_size"], own["hidden_size"], 3, input, hx, weights
-                )
+            if own["num_layers"] == 1 and not (own["bidirectional"] or own["proj_size"] or "cell_states" in own):
+                sizes = own["input_size"], own["hidden_size"]
+                found = functional.plain(own["mode"].lower(), *sizes, 3, own["batch_first"], input, hx, weights)
                 if found is not None:
                     return found
         elif isinstance(input, torch.fx.Proxy):
@@ -254,7 +251,7 @@ class _Cells(_Ours, torch.nn.RNNCellBase):
         """
         weights = self._weights()
         if type(input) is Tensor:
-            found = functional.plain(self._kind(), self.input_size, self.hidden_size, 2, input, hx, weights)
+            found = functional.plain(self._kind(), self.input_size, self.hidden_size, 2, False, input, hx, weights)
             if found is not None:
                 return found
         elif isinstance(input, torch.fx.Proxy):

@@ -13,7 +13,19 @@ from torch import Tensor
 import pyrnnfast
 from pyrnnfast import _cpu
 
-PLAIN = [c for c in TABLE if c.layers == 1 and not (c.bidirectional or c.batch_first or c.lengths or c.unbatched)]
+
+def is_plain(c: Case) -> bool:
+    """batch_first is but a name for the same memory where there is one step or one sequence."""
+    other = c.bidirectional or c.lengths or c.unbatched or (c.batch_first and c.steps > 1 and c.batch > 1)
+    return c.layers == 1 and not other
+
+
+BATCH_FIRST = [
+    Case(cell, steps=steps, batch=batch, hidden=19, batch_first=True)
+    for cell in CELLS
+    for steps, batch in ((1, 5), (5, 1))
+]
+PLAIN = [c for c in (*TABLE, *BATCH_FIRST) if is_plain(c)]
 
 
 @pytest.fixture
@@ -163,10 +175,14 @@ def test_upstream_gradients_of_any_kind(cell: str, single_step: bool, name: str,
     assert back == [True, True]
 
 
-@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_what_hooks_have_changed_goes_the_long_way(cell: str, single_step: bool, back: list[bool]) -> None:
-    case = Case(cell, steps=3, batch=4, hidden=19, single_step=single_step)
+ALL_FORMS = [
+    *(Case(cell, steps=3, batch=4, hidden=19, single_step=step) for cell in CELLS for step in (False, True)),
+    *BATCH_FIRST,
+]
+
+
+@pytest.mark.parametrize("case", ALL_FORMS, ids=str)
+def test_what_hooks_have_changed_goes_the_long_way(case: Case, back: list[bool]) -> None:
     module = case.module(pyrnnfast)
     x, states = case.operands()
 
@@ -180,6 +196,22 @@ def test_what_hooks_have_changed_goes_the_long_way(cell: str, single_step: bool,
         found = once()
     assert back == [True, False]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", ALL_FORMS, ids=str)
+def test_second_derivatives(case: Case, taken: list[bool], back: list[bool]) -> None:
+    module = case.module(pyrnnfast, torch.float64)
+    x, states = case.operands(torch.float64)
+
+    def penalty(module: torch.nn.Module) -> list[Tensor]:
+        outputs = case.run(module, x, states).values()
+        leaves = [x, *states, *module.parameters()]
+        first = torch.autograd.grad(sum(t.sin().sum() for t in outputs), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+    torch.testing.assert_close(penalty(module), penalty(pyrnnfast.restore(case.module(pyrnnfast, torch.float64))))
+    assert taken == [True]
+    assert back == [True]  # of y itself, on which the first gradient depends; that of the gradient is the reference's
 
 
 class Stops(torch.autograd.Function):
@@ -278,20 +310,23 @@ GRU = (torch.ones(9, 4), torch.ones(9, 3), torch.ones(9), torch.ones(9))
 
 def test_junk_raises_or_is_refused() -> None:
     types = (Tensor, torch.nn.Parameter)
-    good = (types, "gru", 4, 3, 3, torch.ones(2, 1, 4), None, GRU, False, 1)
+    good = (types, "gru", 4, 3, 3, False, torch.ones(2, 1, 4), None, GRU, False, 1)
     assert _cpu.forward_plain(*good) is not None
-    for index, junk in enumerate(((), "no cell", 5, 4, 2, object(), 3, ())):
+    for index, junk in {0: (), 1: "no cell", 2: 5, 3: 4, 4: 2, 6: object(), 7: 3, 8: ()}.items():
         assert _cpu.forward_plain(*good[:index], junk, *good[index + 1 :]) is None, index
     with pytest.raises(TypeError, match="threads must be an int"):
         _cpu.forward_plain(*good[:-1], None)
     for dimensions in (-1, 0, 1, 4):
-        assert _cpu.forward_plain(*good[:4], dimensions, torch.ones((2,) * max(dimensions, 0)), *good[6:]) is None
-    for index in (0, 7):
+        x = torch.ones((2,) * max(dimensions, 0))
+        assert _cpu.forward_plain(*good[:4], dimensions, False, x, *good[7:]) is None
+    for x in (torch.ones(2, 3, 4), torch.ones(1, 4), torch.ones(1, 1, 1, 4)):
+        assert _cpu.forward_plain(*good[:5], True, x, *good[7:]) is None
+    for index in (0, 8):
         with pytest.raises(TypeError, match="must be a tuple"):
             _cpu.forward_plain(*good[:index], [], *good[index + 1 :])
     for k in range(4):
         for junk in (None, torch.ones(9, 4, 1), torch.ones(2), torch.ones(9, 4, device="meta"), "x"):
-            assert _cpu.forward_plain(*good[:7], (*GRU[:k], junk, *GRU[k + 1 :]), False, 1) is None, (k, junk)
+            assert _cpu.forward_plain(*good[:8], (*GRU[:k], junk, *GRU[k + 1 :]), False, 1) is None, (k, junk)
 
 
 @pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
@@ -300,8 +335,22 @@ def test_junk_raises_or_is_refused_on_the_road_back(single_step: bool) -> None:
     x, h0, y, grad = (torch.ones(*lead, n) for n in (4, 3, 3, 3))
     upstream = (None, grad, None) if single_step else (grad, None, None)
     types, needs, kept = (Tensor, torch.nn.Parameter), (True, True, False, *(True,) * 4), (torch.ones(2, 12),)
-    good = (types, "gru", needs, x, h0, None, GRU, None if single_step else y, kept, *upstream, 1)
-    names = ["types", "cell", "needs", "x", "h0", "c0", "weights", "y", "kept", "grad_y", "grad_h_n", "grad_c_n"]
+    good = (types, "gru", needs, False, x, h0, None, GRU, None if single_step else y, kept, *upstream, 1)
+    names = [
+        "types",
+        "cell",
+        "needs",
+        "batch_first",
+        "x",
+        "h0",
+        "c0",
+        "weights",
+        "y",
+        "kept",
+        "grad_y",
+        "grad_h_n",
+        "grad_c_n",
+    ]
     found = _cpu.backward_plain(*good)
     assert found is not None
     assert [None if g is None else g.shape for g in found] == [x.shape, h0.shape, None, *(w.shape for w in GRU)]
@@ -309,6 +358,7 @@ def test_junk_raises_or_is_refused_on_the_road_back(single_step: bool) -> None:
         "types": [()],
         "cell": ["no cell", "lstm", "rnn_tanh"],
         "needs": [(), (True,) * 8],
+        "batch_first": [True],
         "x": [None, 3, torch.ones(1, 1, 1, 2, 4), torch.ones(7, 4), x.double(), x.to("meta")],
         "h0": [3, torch.ones(5, 3), torch.ones(4, 1, 2, 3), h0.double()],
         "c0": [torch.ones(*lead, 3)],
