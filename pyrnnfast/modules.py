@@ -27,7 +27,7 @@ def _weights(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
     A parameter is only ever there under its own name; asking for it directly is five times as fast as ``getattr``.
     """
     parameters = module._parameters
-    return [getattr(module, name) if (w := parameters.get(name)) is None else w for name in names]
+    return [getattr(module, name) if parameters.get(name) is None else parameters[name] for name in names]
 
 
 class _Ours(torch.nn.Module):
