@@ -56,9 +56,8 @@ py::object forward_of_plain(const py::args& args, const py::kwargs& kwargs) {
                                                  "x",     "hx",   "weights", "grad",   "threads"};
   const Arguments arguments("forward_plain", names, args, kwargs);
   return forward_plain(tuple_of(arguments, names, 0), arguments.text(1), arguments.integer(2), arguments.integer(3),
-                       arguments.integer(4), arguments[5].ptr() == Py_True, arguments[6], arguments[7],
-                       tuple_of(arguments, names, 8), arguments[9].ptr() == Py_True,
-                       check_threads(arguments.integer(10)));
+                       arguments.integer(4), arguments[5], arguments[6], arguments[7], tuple_of(arguments, names, 8),
+                       arguments[9].ptr() == Py_True, check_threads(arguments.integer(10)));
 }
 
 py::object backward_of_plain(const py::args& args, const py::kwargs& kwargs) {

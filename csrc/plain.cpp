@@ -13,7 +13,7 @@ namespace pyrnnfast {
 namespace {
 
 // like.new_empty(sizes): torch's own allocation, as for any other of its results.
-py::object new_empty(py::handle like, const int64_t* sizes, int dimensions) {
+py::object new_empty_of(py::handle like, const int64_t* sizes, int dimensions) {
   static PyObject* const name = PyUnicode_InternFromString("new_empty");
   py::object arguments[3];
   PyObject* stack[4] = {like.ptr()};
@@ -29,7 +29,7 @@ py::object new_empty(py::handle like, const int64_t* sizes, int dimensions) {
 template <class... Sizes>
 py::object new_empty(py::handle like, Sizes... sizes) {
   const int64_t all[] = {sizes...};
-  return new_empty(like, all, static_cast<int>(sizeof...(sizes)));
+  return new_empty_of(like, all, static_cast<int>(sizeof...(sizes)));
 }
 
 bool requires_grad(py::handle tensor) {
@@ -81,8 +81,11 @@ bool read_optional(py::handle given, const py::tuple& types, Operand& operand) {
 }  // namespace
 
 py::object forward_plain(const py::tuple& types, const std::string& cell, int64_t inputs, int64_t hidden,
-                         int64_t dimensions, bool batch_first, py::handle x, py::handle hx, const py::tuple& weights,
-                         bool grad, int threads) {
+                         int64_t dimensions, py::handle is_batch_first, py::handle x, py::handle hx,
+                         const py::tuple& weights, bool grad, int threads) {
+  const bool batch_first = is_batch_first.ptr() == Py_True;
+  // Whatever else is true by Python's rules is torch's to judge.
+  if (!batch_first && is_batch_first.ptr() != Py_False) return py::none();
   ForwardOperands o;
   if (!read_plain_tensor(x, types, o.x) || o.x.memory != Memory::cpu) return py::none();
   if (o.x.dimensions != dimensions || (dimensions != 2 && dimensions != 3)) return py::none();
@@ -191,7 +194,7 @@ py::object backward_plain(const py::tuple& types, const std::string& cell, const
     const bool exchanged = given.batch_first && i == 0;
     Operand like = *operands[i];
     if (exchanged) exchange_time_and_batch(like);
-    const py::object gradient = new_empty(tensors[i], std::as_const(like).shape, like.dimensions);
+    const py::object gradient = new_empty_of(tensors[i], like.shape, like.dimensions);
     *wanted[i] = read_tensor(gradient, "gradient");
     if (exchanged) exchange_time_and_batch(*wanted[i]);
     gradients[i] = gradient;

@@ -9,13 +9,12 @@
 
 namespace pyrnnfast {
 
-// For x of so many dimensions, 3: [T, B, I], or [B, T, I] where `batch_first` and T or B is 1, or 2, a step: [B, I]: a
-// pair. Where `grad` says that gradients are enabled
-// and an operand asks for one: the results y, h_n, c_n, or h, c, in a tuple, and what backward needs in another. Else:
-// what torch.nn's module, or its cell, returns, and None.
+// For x of so many dimensions, 3: [T, B, I], or [B, T, I] where `batch_first` is True and T or B is 1, or 2, a step:
+// [B, I]: a pair. Where `grad` says that gradients are enabled and an operand asks for one: the results y, h_n, c_n, or
+// h, c, in a tuple, and what backward needs in another. Else: what torch.nn's module, or its cell, returns, and None.
 pybind11::object forward_plain(const pybind11::tuple& types, const std::string& cell, int64_t inputs, int64_t hidden,
-                               int64_t dimensions, bool batch_first, pybind11::handle x, pybind11::handle hx,
-                               const pybind11::tuple& weights, bool grad, int threads);
+                               int64_t dimensions, pybind11::handle batch_first, pybind11::handle x,
+                               pybind11::handle hx, const pybind11::tuple& weights, bool grad, int threads);
 
 // The operands of such a call back through time.
 struct PlainBackward {

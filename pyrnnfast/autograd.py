@@ -59,9 +59,13 @@ def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
     """Whether a backward pass with these gradients has to go by the reference.
 
     So it is where the result has to be differentiated itself (``create_graph``, or forward mode around backward), and
-    where the gradients have a dimension that torch hides (``is_grads_batched``).
+    where the gradients have a dimension that torch hides (``is_grads_batched``, or ``torch.vmap`` around backward).
     """
-    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+    if (
+        torch.is_grad_enabled()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    ):
         return True
     for g in grads:  # noqa: SIM110 - any() of a generator takes three times as long, of which a single step has little
         if g is not None and torch._C._functorch.is_legacy_batchedtensor(g):

@@ -21,7 +21,7 @@ from .obstacles import Spec
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-def _weights(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
+def _by_name(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
     """By name at every call: parametrizations, pruning and functional_call put other tensors there.
 
     A parameter is only ever there under its own name; asking for it directly is five times as fast as ``getattr``.
@@ -139,11 +139,9 @@ class _Layers(_Ours, torch.nn.RNNBase):
         weights = self._weights()
         extras = _extras(given) if given else NO_EXTRAS
         if type(input) is Tensor and not extras:
-            # What torch.nn.Module finds by __getattr__'s rules takes three times as long to ask for.
-            own = vars(self)
-            if own["num_layers"] == 1 and not (own["bidirectional"] or own["proj_size"] or "cell_states" in own):
-                sizes = own["input_size"], own["hidden_size"]
-                found = functional.plain(own["mode"].lower(), *sizes, 3, own["batch_first"], input, hx, weights)
+            if self.num_layers == 1 and not (self.bidirectional or self.proj_size or self.cell_states):
+                sizes = self.input_size, self.hidden_size
+                found = functional.plain(self.mode.lower(), *sizes, 3, self.batch_first, input, hx, weights)
                 if found is not None:
                     return found
         elif isinstance(input, torch.fx.Proxy):
@@ -166,7 +164,7 @@ class _Layers(_Ours, torch.nn.RNNBase):
         )
 
     def _weights(self) -> list[Tensor]:
-        return _weights(self, self._flat_weights_names)
+        return _by_name(self, self._flat_weights_names)
 
 
 class RNN(_Layers, torch.nn.RNN):
@@ -265,7 +263,7 @@ class _Cells(_Ours, torch.nn.RNNCellBase):
         return Spec(self._kind(), self.input_size, self.hidden_size, bias=self.bias, single_step=True)
 
     def _weights(self) -> list[Tensor]:
-        return _weights(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
+        return _by_name(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
 
 
 class RNNCell(_Cells, torch.nn.RNNCell):

@@ -1,10 +1,12 @@
 """The shortest road, of plain calls: who takes it, that it gives the same bits, and what does not."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CELLS, TABLE, Case, gradients
@@ -26,6 +28,12 @@ BATCH_FIRST = [
     for steps, batch in ((1, 5), (5, 1))
 ]
 PLAIN = [c for c in (*TABLE, *BATCH_FIRST) if is_plain(c)]
+
+
+ALL_FORMS = [
+    *(Case(cell, steps=3, batch=4, hidden=19, single_step=step) for cell in CELLS for step in (False, True)),
+    *BATCH_FIRST,
+]
 
 
 @pytest.fixture
@@ -159,10 +167,8 @@ UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", UPSTREAM)
-@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_upstream_gradients_of_any_kind(cell: str, single_step: bool, name: str, back: list[bool]) -> None:
-    case = Case(cell, steps=3, batch=4, hidden=19, single_step=single_step)
+@pytest.mark.parametrize("case", ALL_FORMS, ids=str)
+def test_upstream_gradients_of_any_kind(case: Case, name: str, back: list[bool]) -> None:
     module = case.module(pyrnnfast)
     x, states = case.operands()
 
@@ -173,12 +179,6 @@ def test_upstream_gradients_of_any_kind(cell: str, single_step: bool, name: str,
     for found, expected in zip(once(UPSTREAM[name]), once(torch.ones_like), strict=True):
         assert torch.equal(found, expected)
     assert back == [True, True]
-
-
-ALL_FORMS = [
-    *(Case(cell, steps=3, batch=4, hidden=19, single_step=step) for cell in CELLS for step in (False, True)),
-    *BATCH_FIRST,
-]
 
 
 @pytest.mark.parametrize("case", ALL_FORMS, ids=str)
@@ -226,16 +226,70 @@ class Stops(torch.autograd.Function):
         return None
 
 
-@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_nothing_from_upstream_gives_nothing(cell: str, single_step: bool, back: list[bool]) -> None:
-    case = Case(cell, single_step=single_step)
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("case", ALL_FORMS, ids=str)
+def test_nothing_from_upstream_gives_nothing(case: Case, create_graph: bool, back: list[bool]) -> None:
     module = case.module(pyrnnfast)
     x, states = case.operands()
     found = [Stops.apply(t).sum() for t in case.run(module, x, states).values()]  # type: ignore[no-untyped-call]
-    sum(found).backward()
-    assert back == [True]
+    sum(found).backward(create_graph=create_graph)
+    assert back == [True] * (not create_graph)
     assert all(t.grad is None for t in (x, *states, *module.parameters()))
+
+
+@pytest.mark.parametrize("case", ALL_FORMS, ids=str)
+def test_many_gradients_at_once(case: Case) -> None:
+    module = case.module(pyrnnfast, torch.float64)
+    x, states = case.operands(torch.float64)
+    y = next(iter(case.run(module, x, states).values()))
+    leaves = [x, *states, *module.parameters()]
+    upstream = torch.randn(5, *y.shape, dtype=torch.float64)
+
+    def back_from(v: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(y, leaves, v, retain_graph=True, materialize_grads=True, **options)
+        return tuple(found)
+
+    one_by_one = [torch.stack(gs) for gs in zip(*map(back_from, upstream), strict=True)]
+    torch.testing.assert_close(list(back_from(upstream, is_grads_batched=True)), one_by_one)
+    torch.testing.assert_close(list(torch.vmap(back_from)(upstream)), one_by_one)
+
+
+@pytest.mark.parametrize("case", ALL_FORMS, ids=str)
+def test_not_a_number_from_upstream_goes_where_it_goes_in_torch(case: Case) -> None:
+    case = dataclasses.replace(case, initial=False)
+    found = []
+    for module in (case.module(pyrnnfast), pyrnnfast.restore(case.module(pyrnnfast))):
+        x, states = case.operands()
+        y = next(iter(case.run(module, x, states).values()))
+        y.backward(torch.full_like(y, torch.nan))
+        found.append([p.grad.isnan().all() for p in (x, *module.parameters()) if p.grad is not None])
+    assert found[0] == found[1]
+    assert len(found[0]) == 1 + len(list(case.module(pyrnnfast).parameters()))
+
+
+def test_a_truth_that_is_no_bool_is_not_decided_here() -> None:
+    for value in (1, 0, None, np.True_, "yes"):
+        x = torch.ones(2, 1, 4)
+        assert _cpu.forward_plain((Tensor, torch.nn.Parameter), "gru", 4, 3, 3, value, x, None, GRU, False, 1) is None
+
+
+def test_cell_states_of_a_class(taken: list[bool]) -> None:
+    class WithCells(pyrnnfast.LSTM):
+        cell_states = True
+
+    assert len(WithCells(3, 4)(torch.ones(2, 1, 3))) == 3
+    assert taken == []
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_blocks_that_are_not_whole(cell: str) -> None:
+    """W_ih is read where it lies but for its last columns, in more than one stretch of the sum."""
+    case = Case(cell, steps=3, batch=4, inputs=70, hidden=600 if cell.startswith("rnn") else 200)
+    ours = case.module(pyrnnfast, torch.float64)
+    x, states = case.operands(torch.float64)
+    used = case.outputs
+    found, expected = (gradients(m, x, states, case.run(m, x, states), used) for m in (ours, pyrnnfast.restore(ours)))
+    torch.testing.assert_close(found, expected)
 
 
 ODDITIES: dict[str, Callable[[Case, torch.nn.Module, Tensor, tuple[Tensor, ...]], tuple[Any, Any]]] = {
@@ -243,15 +297,19 @@ ODDITIES: dict[str, Callable[[Case, torch.nn.Module, Tensor, tuple[Tensor, ...]]
     "expanded": lambda case, m, x, s: (x[:1].expand(x.shape), case.hx(s)),
     "negated": lambda case, m, x, s: (torch._neg_view(x), case.hx(s)),
     "states_apart": lambda case, m, x, s: (x, case.hx(tuple(torch.stack([t, t], -1)[..., 0] for t in s))),
+    "strides_of_ones": lambda case, m, x, s: (
+        x.as_strided(x.shape, tuple(1234 if n == 1 else k for n, k in zip(x.shape, x.stride(), strict=True))),
+        case.hx(s),
+    ),
+    "turned": lambda case, m, x, s: (x.transpose(0, 1).contiguous().transpose(0, 1), case.hx(s)),
+    "sequences_apart": lambda case, m, x, s: (torch.cat([x, x], x.dim() - 2).narrow(-2, 0, x.shape[-2]), case.hx(s)),
     "list_of_states": lambda case, m, x, s: (x, list(s) if case.cell == "lstm" else s[0]),
 }
 
 
 @pytest.mark.parametrize("oddity", ODDITIES)
-@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_oddities_come_out_right(cell: str, single_step: bool, oddity: str) -> None:
-    case = Case(cell, steps=3, batch=4, hidden=19, single_step=single_step)
+@pytest.mark.parametrize("case", ALL_FORMS, ids=str)
+def test_oddities_come_out_right(case: Case, oddity: str) -> None:
     module = case.module(pyrnnfast)
     x, states = (t.detach() if isinstance(t, Tensor) else tuple(s.detach() for s in t) for t in case.operands())
     odd_x, odd_hx = ODDITIES[oddity](case, module, x, states)

@@ -104,9 +104,9 @@ struct BackwardPass {
         const int turn = j + 1 == own_blocks || !plan.packed ? 0 : ascending ? 1 : -1;
         const Nearer next = j + 1 == own_blocks ? nearer(p, p.reverse ? t + 1 : t - 1, share) : Nearer{};
         int index = 0;
-        const auto stretch = [&](int64_t row, int64_t last, const Heights& heights, const Operand* before_them) {
-          for (int64_t i = 0; row < last; ++i, ++index) {
-            const int rows = heights[i];
+        const auto stretch = [&](int64_t row, int64_t last, const Heights& own, const Operand* before_them) {
+          for (int64_t tile = 0; row < last; ++tile, ++index) {
+            const int rows = own[tile];
             one_tile(p, plan, chunk, Place{t, row, rows, index, turn, next}, b, before_them);
             row += rows;
           }

@@ -79,17 +79,10 @@ struct Gradients {
                       size);
     }
     if (p.dweight_hh.data != nullptr) {
-      const Sums out{sums(p.dweight_hh, plan, kSumsHidden), sums_stride(p.dweight_hh, p.hidden), again};
-      if (p.steps > 1 || p.h0.data != nullptr) {
-        const auto source = [&](const Cursor& at_row) { return previous_h(p, at_row.t, at_row.row); };
-        weight_gradient(p, plan, chunk, dgates, source, p.hidden, true, out, rank, size);
-      } else {
-        // A single step from zeros.
-        const int64_t end = share_of(gates * p.hidden, rank + 1, size);
-        for (int64_t row = share_of(gates * p.hidden, rank, size); row < end; ++row) {
-          __builtin_memset(out.data + row * out.stride, 0, sizeof(T) * p.hidden);
-        }
-      }
+      const auto source = [&](const Cursor& at_row) { return previous_h(p, at_row.t, at_row.row); };
+      weight_gradient(p, plan, chunk, dgates, source, p.hidden, true,
+                      Sums{sums(p.dweight_hh, plan, kSumsHidden), sums_stride(p.dweight_hh, p.hidden), again}, rank,
+                      size);
     }
     if (p.dbias_ih.data != nullptr || p.dbias_hh.data != nullptr) {
       const int64_t columns = Cell::dgates * p.hidden;
