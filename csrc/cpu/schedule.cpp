@@ -192,7 +192,7 @@ Plan make_plan(const Backward& p) {
   plan.packed = rows > unpacked_rows.or_else(kUnpackedRows) || p.dtype == Dtype::bfloat16;
   // Each chunk reads and writes dW once, and its dgates: this many rows balance the two.
   plan.chunk_rows = chunk_rows.or_else(std::clamp<int64_t>(p.inputs + p.hidden, 256, 512));
-  // Read once a chunk, for dx: from the second one on packing pays, and for a single step of very many rows.
+  // Read once a chunk, for dx: from the second chunk on packing pays.
   plan.input_packed = plan.packed && (rows > plan.chunk_rows || p.dtype == Dtype::bfloat16);
   return plan;
 }
