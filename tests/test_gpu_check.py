@@ -347,8 +347,8 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str,
     monkeypatch.setattr(record, "sources", lambda: IDENTITY["sources"])
     monkeypatch.setattr(place, "SITE", tmp_path)
     monkeypatch.setattr(check, "_build", lambda options, facts: stage("build"))
-    monkeypatch.setattr(tests, "run", lambda files: stage("tests"))
-    monkeypatch.setattr(sanitizer, "run", lambda tools: stage("sanitizer"))
+    monkeypatch.setattr(tests, "run", lambda files, limit: stage("tests"))
+    monkeypatch.setattr(sanitizer, "run", lambda tools, limit: stage("sanitizer"))
     monkeypatch.setattr(check, "_benchmark", lambda options, out: stage("benchmark"))
     return found
 
@@ -431,26 +431,35 @@ def test_a_test_file_that_dies_is_told(tmp_path: Path, logs: Path, monkeypatch: 
     monkeypatch.setattr(tests, "LOGS", logs)
     monkeypatch.setattr(tests, "TESTS", tmp_path)
     source = ROOT / "tests" / "gpu" / "conftest.py"
-    # As on a machine with a card, but for the card.
-    text = source.read_text().replace("not torch.cuda.is_available()", "False").replace("torch.cuda.synchronize()", "")
-    (tmp_path / "conftest.py").write_text(text)
+    # As on a machine with a card, but for the card, which a test can break.
+    text = source.read_text().replace("not torch.cuda.is_available()", "False")
+    text = text.replace("torch.cuda.synchronize()", "[][: 1 // (not BROKEN)]")
+    text = text.replace("RuntimeError as error", "ZeroDivisionError as error")
+    (tmp_path / "conftest.py").write_text(text + "\nBROKEN: list[int] = []\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_good.py").write_text("def test_one():\n    assert 1\ndef test_two():\n    assert 0\n")
     (tmp_path / "test_dies.py").write_text(
         "import os\ndef test_one():\n    assert 1\ndef test_dies():\n    os._exit(7)\ndef test_never():\n    assert 1\n"
     )
+    (tmp_path / "test_breaks.py").write_text(
+        "import conftest\ndef test_breaks():\n    conftest.BROKEN.append(1)\n    assert 0\n"
+        "def test_whole():\n    assert 1\n"
+    )
     (tmp_path / "test_hangs.py").write_text("import time\ndef test_hangs():\n    time.sleep(60)\n")
-    found = tests.run(["test_good.py", "test_dies.py"])
+    monkeypatch.setattr(tests, "SHARDS", {"test_good.py": 2})
+    found = tests.run(["test_good.py", "test_dies.py", "test_breaks.py"])
     assert {name: (f["passed"], f["failed"]) for name, f in found["tests"].items()} == {
         "test_good.py": (1, 1),
-        "test_dies.py": (1, 1),
+        # What is behind a test that took its process, or the card, with it, goes on in another process.
+        "test_dies.py": (2, 1),
+        "test_breaks.py": (1, 1),
     }
     assert found["tests"]["test_dies.py"]["failures"] == ["test_dies.py::test_dies (no outcome)"]
-    assert found["problems"]["test_good.py"] == []
-    assert "test_dies.py ended with status 7" in found["problems"]["test_dies.py"][0]
+    assert found["problems"]["test_good.py"] == found["problems"]["test_breaks.py"] == []
+    assert found["problems"]["test_dies.py"] == ["test_dies.py ended in test_dies.py::test_dies (no outcome)"]
     found = tests.run(["test_hangs.py"], limit=8.0)
     assert found["tests"]["test_hangs.py"]["failures"] == ["test_hangs.py::test_hangs (no outcome)"]
-    assert "test_hangs.py stopped after 8 s" in found["problems"]["test_hangs.py"][0]
+    assert "test_hangs.py, part 0, stopped after 8 s" in found["problems"]["test_hangs.py"][0]
 
 
 # compute-sanitizer ---------------------------------------------------------------------------------------------------

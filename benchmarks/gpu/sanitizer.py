@@ -11,14 +11,14 @@ failure. Races between blocks through global memory are beyond racecheck, which 
 
 import json
 import re
-import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from . import build, place
 from .record import TOOLS, Record
 
-LIMIT = 540.0  # seconds of all tools together
+LIMIT = 540.0  # seconds
 
 OURS = "pyrnnfast"
 
@@ -103,51 +103,54 @@ def exercised(output: str) -> dict[str, int]:
     return {}
 
 
-def run(tools: Sequence[str] = TOOLS) -> Record:
-    """Runs these tools, each for its share of the time at most; returns what `record.merge` takes."""
-    end = time.monotonic() + LIMIT
+def run(tools: Sequence[str] = TOOLS, limit: float = LIMIT) -> Record:
+    """Runs these tools side by side; returns what `record.merge` takes."""
+    with ThreadPoolExecutor(len(tools)) as pool:
+        results = list(pool.map(lambda tool: _run(tool, limit), tools))
+    kinds = ("sanitizer_errors", "problems", "calls")
+    return {kind: {name: value for r in results for name, value in r[kind].items()} for kind in kinds}
+
+
+def _run(tool: str, limit: float) -> Record:
+    problems: list[str] = []
+    result: Record = {"sanitizer_errors": {}, "problems": {tool: problems}, "calls": {}}
     sanitizer = place.tool("compute-sanitizer")
-    errors: dict[str, int] = {}
-    problems: dict[str, list[str]] = {}
-    counts: dict[str, dict[str, int]] = {}
-    for index, tool in enumerate(tools):
-        limit = (end - time.monotonic()) / (len(tools) - index)  # what one leaves, the next have
-        problems[tool] = []
-        if sanitizer is None:
-            problems[tool].append("there is no compute-sanitizer")
-            continue
-        base = command(tool, sanitizer)
-        planted = place.run([*base, str(build.program("planted")), tool], f"{tool}-planted", limit / 3)
-        try:
-            seen = read(tool, planted.log.read_text(errors="replace")).ours
-        except NoSummary as reason:
-            problems[tool].append(f"{tool} on a planted mistake: {reason}\n{planted.tail(10)}")
-            continue
-        if seen == 0:
-            problems[tool].append(f"{tool} does not find a planted mistake\n{planted.tail(10)}")
-        quick = ["--quick"] if tool == "initcheck" else []
-        # Every tensor an allocation of its own: torch's blocks would hide what goes beyond one.
-        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = place.run([*base, *place.python("-m", "benchmarks.gpu.exercise", *quick)], tool, limit, alone)
-        text = done.log.read_text(errors="replace")
-        counts[tool] = exercised(text)
-        if done.status is None or not counts[tool]:
-            problems[tool].append(f"the exercise under {tool} {done.why(limit)}\n{done.tail(20)}")
-        problems[tool] += [f"no call took the path {path} under {tool}" for path in missing(counts[tool])]
-        try:
-            found = read(tool, text)
-        except NoSummary as reason:
-            problems[tool].append(f"{tool}: {reason}\n{done.tail(10)}")
-            continue
-        errors[tool] = found.ours
-        if found.ours:
-            print(done.log.read_text(errors="replace")[:4000], flush=True)
-        print(
-            f"{tool}: {found.ours} errors, {found.others} of others' kernels, calls {counts[tool]}, "
-            f"{done.seconds:.0f} s, {done.log}",
-            flush=True,
-        )
-    return {"sanitizer_errors": errors, "problems": problems, "calls": counts}
+    if sanitizer is None:
+        problems.append("there is no compute-sanitizer")
+        return result
+    base = command(tool, sanitizer)
+    planted = place.run([*base, str(build.program("planted")), tool], f"{tool}-planted", limit / 3)
+    try:
+        seen = read(tool, planted.log.read_text(errors="replace")).ours
+    except NoSummary as reason:
+        problems.append(f"{tool} on a planted mistake: {reason}\n{planted.tail(10)}")
+        return result
+    if seen == 0:
+        problems.append(f"{tool} does not find a planted mistake\n{planted.tail(10)}")
+    quick = ["--quick"] if tool == "initcheck" else []
+    # Every tensor an allocation of its own: torch's blocks would hide what goes beyond one.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    limit -= planted.seconds
+    done = place.run([*base, *place.python("-m", "benchmarks.gpu.exercise", *quick)], tool, limit, alone)
+    text = done.log.read_text(errors="replace")
+    result["calls"][tool] = calls = exercised(text)
+    if done.status is None or not calls:
+        problems.append(f"the exercise under {tool} {done.why(limit)}\n{done.tail(20)}")
+    problems += [f"no call took the path {path} under {tool}" for path in missing(calls)]
+    try:
+        found = read(tool, text)
+    except NoSummary as reason:
+        problems.append(f"{tool}: {reason}\n{done.tail(10)}")
+        return result
+    result["sanitizer_errors"][tool] = found.ours
+    if found.ours:
+        print(text[:4000], flush=True)
+    print(
+        f"{tool}: {found.ours} errors, {found.others} of others' kernels, calls {calls}, {done.seconds:.0f} s, "
+        f"{done.log}",
+        flush=True,
+    )
+    return result
 
 
 def missing(counts: dict[str, int]) -> list[str]:

@@ -1,8 +1,12 @@
-"""The stage that runs tests/gpu, one process for each file: a kernel that crashes leaves its process without CUDA."""
+"""The stage that runs tests/gpu, several processes side by side: most of a test is work of the host.
+
+A kernel that crashes or hangs takes its process with it; the tests that are left then go on in a new one.
+"""
 
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import place
@@ -11,8 +15,13 @@ from .record import Record
 
 TESTS = ROOT / "tests" / "gpu"
 
-LIMIT = 540.0  # seconds of all files together
-FILE_LIMIT = 300.0
+LIMIT = 540.0  # seconds
+SHARDS = {"test_accuracy.py": 8, "test_features.py": 3}
+"""Processes for a file, if not one."""
+MOST_PROCESSES = 10
+"""For a part of a file, the first of which were lost."""
+ALONE = ("test_streams.py",)
+"""Looks at the memory of the whole card, and at who waits for it."""
 NO_OUTCOME = " (no outcome)"
 
 
@@ -41,31 +50,51 @@ def read(outcomes: str) -> Record:
 
 
 def run(names: Sequence[str], limit: float = LIMIT) -> Record:
-    """Runs these files; returns what `record.merge` takes."""
+    """Runs these files side by side; returns what `record.merge` takes."""
     end = time.monotonic() + limit
-    tests: dict[str, Record] = {}
-    problems: dict[str, list[str]] = {}
-    for name in names:
-        outcomes = LOGS / f"{Path(name).stem}.outcomes"
-        outcomes.parent.mkdir(parents=True, exist_ok=True)
-        outcomes.write_text("")
-        command = place.python("-m", "pytest", "-c", str(TESTS / "pytest.ini"), str(TESTS / name))
-        # Of the time for all, so that one that hangs does not take the others'.
-        left = min(end - time.monotonic(), FILE_LIMIT)
-        # Plugins that happen to be installed have no part.
-        alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        done = place.run([*command, "--outcomes", str(outcomes)], Path(name).stem, left, alone)
-        found = tests[name] = read(outcomes.read_text())
-        # pytest's status is 1 where tests failed, which are counted; any other is a matter of its own.
-        problems[name] = [] if done.status in (0, 1) else [f"{name} {done.why(left)}\n{done.tail(20)}"]
-        # After one that began and did not end there may be others that did not even begin.
-        problems[name] += [f"{name} ended in {test}" for test in found["failures"] if test.endswith(NO_OUTCOME)]
-        print(
-            f"{name}: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped, "
-            f"{done.seconds:.0f} s, {done.log}",
-            flush=True,
-        )
-        print("\n".join(f"  {failure}" for failure in found["failures"]), end="\n" if found["failures"] else "")
-        if found["failed"]:
-            print(done.tail(60), flush=True)
-    return {"tests": tests, "problems": problems}
+    with ThreadPoolExecutor(max(len(names), 1)) as pool:
+        results = list(pool.map(lambda name: _file(name, end), names))
+    return {kind: {name: value for r in results for name, value in r[kind].items()} for kind in ("tests", "problems")}
+
+
+def _file(name: str, end: float) -> Record:
+    begin, shards = time.monotonic(), SHARDS.get(name, 1)
+    with ThreadPoolExecutor(shards) as pool:
+        parts = list(pool.map(lambda part: _shard(name, part, shards, end), range(shards)))
+    found = read("".join(outcomes for outcomes, _ in parts))
+    problems = [problem for _, own in parts for problem in own]
+    if not any(found[outcome] for outcome in ("passed", "failed", "skipped")):
+        problems.append(f"{name}: no test was run")
+    # After one that began and did not end there may be others that did not even begin.
+    problems += [f"{name} ended in {test}" for test in found["failures"] if test.endswith(NO_OUTCOME)]
+    print(
+        f"{name}: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped, "
+        f"{time.monotonic() - begin:.0f} s, {place.LOGS}",
+        flush=True,
+    )
+    print("\n".join(f"  {failure}" for failure in found["failures"]), end="\n" if found["failures"] else "")
+    return {"tests": {name: found}, "problems": {name: problems}}
+
+
+def _shard(name: str, part: int, shards: int, end: float) -> tuple[str, list[str]]:
+    """Outcomes of a part of a file, and problems that are none of single tests."""
+    stem = f"{Path(name).stem}-{part}"
+    outcomes = LOGS / f"{stem}.outcomes"
+    outcomes.parent.mkdir(parents=True, exist_ok=True)
+    outcomes.write_text("")
+    command = place.python("-m", "pytest", "-c", str(TESTS / "pytest.ini"), str(TESTS / name))
+    command += ["--shard", f"{part}/{shards}", "--outcomes", str(outcomes)]
+    # Plugins that happen to be installed have no part.
+    alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    for attempt in range(MOST_PROCESSES):
+        left, before = end - time.monotonic(), outcomes.read_text()
+        done = place.run(command, f"{stem}-{attempt}", left, alone)
+        after = outcomes.read_text()
+        # pytest's status is 1 where tests failed, which are counted, and 5 where none are left. Of any other, or where
+        # a test has not ended, what is left goes on in a new process, unless that does not come any further.
+        ended = not after or json.loads(after.splitlines()[-1])["outcome"] != "begun"
+        if ended and done.status in (0, 1, 5):
+            return after, []
+        if done.status is None or after == before:
+            break
+    return after, [f"{name}, part {part}, {done.why(left)}\n{done.tail(20)}"]

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+LOST = 7
+"""The status of a process that can do nothing on the card any more."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", help="K/N: the K-th of N parts of the tests")
     parser.addoption("--outcomes", type=Path, help="where a line of JSON goes for every test that begins or ends")
 
 
@@ -25,11 +29,27 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Writer(path))
 
 
+# Tests that follow each other share what they are compared with: oracle.prepared.
+_TOGETHER = 10
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard: str | None = config.getoption("--shard")
+    if shard is not None:
+        part, parts = map(int, shard.split("/"))
+        items[:] = [item for index, item in enumerate(items) if index // _TOGETHER % parts == part]
+    path: Path | None = config.getoption("--outcomes")
+    if path is not None and path.exists():
+        # Where a process was lost, another goes on behind the test that it was lost in.
+        known = {json.loads(line)["test"] for line in path.read_text().splitlines()}
+        items[:] = [item for item in items if item.nodeid not in known]
+
+
 class _Writer:
     """At once, line by line: a run that is stopped, or that a kernel takes with it, leaves what it has found."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("w")
+        self.file = path.open("a")
 
     def _write(self, test: str, outcome: str) -> None:
         self.file.write(json.dumps({"test": test, "outcome": outcome}) + "\n")
@@ -41,6 +61,11 @@ class _Writer:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             self._write(report.nodeid, report.outcome)
+        if report.when == "teardown" and report.outcome == "failed":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                pytest.exit(f"a kernel has taken CUDA with it: {error}", returncode=LOST)
 
 
 @pytest.fixture(autouse=True)
