@@ -24,6 +24,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # several processes share the machine
     path = config.getoption("--outcomes")
     if path is not None:
         config.pluginmanager.register(_Writer(path))

@@ -23,13 +23,7 @@ BEYOND = 65_535 + 100
 def prepared(case: Case, dtype: torch.dtype) -> tuple[oracle.Operands, dict[str, Tensor], dict[str, Tensor]]:
     """As of ``oracle``, but by our kernels of the CPU: cuDNN may refuse such sizes, and the reference takes minutes."""
     given = oracle.operands(case, dtype)
-    results = []
-    for kind in (dtype, torch.float64):
-        leaves = [t.detach().cpu().to(kind).requires_grad_() for t in (given.x, *given.states)]
-        module = case.module(pyrnnfast, dtype).to(kind)
-        found = oracle.all_results(case, module, leaves[0], tuple(leaves[1:]), rounded_to=dtype)
-        results.append({name: t.to(oracle.DEVICE) for name, t in found.items()})
-    return given, *results
+    return given, oracle.on_cpu(case, given, dtype), oracle.on_cpu(case, given, torch.float64)
 
 
 @pytest.mark.parametrize("path", oracle.PATHS)
