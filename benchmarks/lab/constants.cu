@@ -31,7 +31,7 @@ constexpr unsigned kPatience = 1u << 20;   // polls: at most a second, even of t
 constexpr int kWorkspace = 4 << 20;        // bytes
 constexpr int kMostBlocks = 1024;          // that report
 constexpr unsigned kSecondsToOpen = 60;    // a cold driver takes its time
-constexpr unsigned kSecondsToMeasure = 3;  // each needs milliseconds
+constexpr unsigned kSecondsToMeasure = 5;  // each needs milliseconds
 constexpr double kSecondsInAll = 30;
 
 enum Error : unsigned { kNone, kTimedOut, kWrongValue };
@@ -96,6 +96,13 @@ __device__ unsigned in_block(unsigned address, unsigned rank) {
   return mapped;
 }
 
+// The same as a generic address.
+__device__ unsigned long long generic_in_block(const void* pointer, unsigned rank) {
+  unsigned long long mapped;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(pointer), "r"(rank));
+  return mapped;
+}
+
 __device__ unsigned load_shared(unsigned address) {
   unsigned value;
   asm volatile("ld.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
@@ -104,6 +111,7 @@ __device__ unsigned load_shared(unsigned address) {
 
 template <class Load>
 __device__ bool poll(Load load, unsigned wanted) {
+#pragma unroll 1
   for (unsigned tries = 0; tries < kPatience; ++tries) {
     if (load() == wanted) return true;
   }
@@ -115,6 +123,7 @@ __device__ bool poll(Load load, unsigned wanted) {
 __global__ void spin(Report* report, long long cycles) {
   Stopwatch watch;
   unsigned turns = 0;
+#pragma unroll 1
   while (turns < (1u << 28) && clock64() - watch.cycles < cycles) ++turns;
   watch.stop(report, kNone, turns);
 }
@@ -173,11 +182,20 @@ __global__ void meet_in_block(Report* report, unsigned times) {
   if (threadIdx.x == 0) watch.stop(report, kNone, 0);
 }
 
+// Without kRelease, nothing that was written before is promised to the others: what is left of the fence is the
+// barrier.
+template <bool kRelease>
 __global__ void meet_in_cluster(Report* reports, unsigned times) {
   cluster_barrier();
   Stopwatch watch;
 #pragma unroll 8
-  for (unsigned i = 0; i < times; ++i) cluster_barrier();
+  for (unsigned i = 0; i < times; ++i) {
+    if constexpr (kRelease) {
+      cluster_barrier();
+    } else {
+      asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    }
+  }
   if (threadIdx.x == 0) watch.stop(reports + blockIdx.x, kNone, 0);
 }
 
@@ -206,21 +224,34 @@ __device__ void send_async(unsigned address, unsigned value, unsigned barrier) {
   }
 }
 
+// The wait as libraries write it acquires at the scope of the block. By the letter of the memory model what another
+// block sent needs the cluster's, for which the compiler adds an invalidation of the L1 cache.
+template <bool kClusterScope>
 __device__ unsigned phase_is_over(unsigned barrier, unsigned parity) {
   unsigned over;
-  asm volatile(
-      "{\n\t.reg .pred over;\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, over;\n\t}"
-      : "=r"(over)
-      : "r"(barrier), "r"(parity)
-      : "memory");
+  if constexpr (kClusterScope) {
+    asm volatile(
+        "{\n\t.reg .pred over;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, over;\n\t}"
+        : "=r"(over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n\t.reg .pred over;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, over;\n\t}"
+        : "=r"(over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
   return over;
 }
 
 // The first and the last block of a cluster pass a number to and fro. One way is st.async, the wait, and the reading of
 // what came, on which the answer depends.
-template <int kWords>
+template <int kWords, bool kClusterScope>
 __global__ void pass_async(Report* report, unsigned turns) {
   __shared__ alignas(16) unsigned inbox[4];
   __shared__ alignas(8) unsigned long long arrivals;
@@ -244,7 +275,7 @@ __global__ void pass_async(Report* report, unsigned turns) {
       if (first) send_async<kWords>(there, value + 1, barrier_there);
       // What comes before this leaves the count below zero, and the phase open.
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(4 * kWords) : "memory");
-      if (!poll([&] { return phase_is_over(barrier, (turn - 1) & 1); }, 1)) error = kTimedOut;
+      if (!poll([&] { return phase_is_over<kClusterScope>(barrier, (turn - 1) & 1); }, 1)) error = kTimedOut;
       value = load_shared(here);
       if (!first) send_async<kWords>(there, value, barrier_there);
     }
@@ -255,7 +286,8 @@ __global__ void pass_async(Report* report, unsigned turns) {
   cluster_barrier();  // nobody leaves while something is on its way to it
 }
 
-// The same with a plain store, where the number is its own flag.
+// The same with a plain store, where the number is its own flag. Stores to shared::cluster are compiled to generic
+// ones, so the address is made generic before the loop.
 __global__ void pass_plain(Report* report, unsigned turns) {
   __shared__ unsigned inbox;
   const unsigned here = shared_address(&inbox);
@@ -265,14 +297,14 @@ __global__ void pass_plain(Report* report, unsigned turns) {
   cluster_barrier();
   if (threadIdx.x == 0 && (rank == 0 || rank == last)) {
     const bool first = rank == 0;
-    const unsigned there = in_block(here, first ? last : 0);
+    const unsigned long long there = generic_in_block(&inbox, first ? last : 0);
     const auto load = [&] {
       unsigned value;
       asm volatile("ld.relaxed.cluster.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(here) : "memory");
       return value;
     };
     const auto store = [&](unsigned value) {
-      asm volatile("st.relaxed.cluster.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(value) : "memory");
+      asm volatile("st.relaxed.cluster.u32 [%0], %1;" ::"l"(there), "r"(value) : "memory");
     };
     unsigned error = kNone;
     Stopwatch watch;
@@ -287,31 +319,36 @@ __global__ void pass_plain(Report* report, unsigned turns) {
   cluster_barrier();
 }
 
-// Loads that each give the address of the next, from the shared memory of the cluster's last block, or with plain
-// ld.shared from the own.
-template <bool kRemote>
-__global__ void chase_shared(Report* report, unsigned steps) {
+// Loads that each give the address of the next, from the own shared memory.
+__global__ void chase_own(Report* report, unsigned steps) {
   constexpr unsigned kRing = 1024;
   __shared__ unsigned ring[kRing];
-  const unsigned last = cluster_size() - 1;
-  for (unsigned i = threadIdx.x; i < kRing; i += blockDim.x) {
-    const unsigned next = shared_address(ring + (i + 1) % kRing);
-    ring[i] = kRemote ? in_block(next, cluster_rank()) : next;
+  for (unsigned i = threadIdx.x; i < kRing; i += blockDim.x) ring[i] = shared_address(ring + (i + 1) % kRing);
+  block_barrier();
+  if (threadIdx.x != 0) return;
+  unsigned address = shared_address(ring);
+  Stopwatch watch;
+#pragma unroll 16
+  for (unsigned step = 0; step < steps; ++step) {
+    asm volatile("ld.shared::cta.u32 %0, [%0];" : "+r"(address)::"memory");
   }
+  watch.stop(report, kNone, address);
+}
+
+// The same from the shared memory of the cluster's last block. ld.shared::cluster is compiled to a generic load, so the
+// ring holds generic addresses, lest their making counts.
+__global__ void chase_last(Report* report, unsigned steps) {
+  constexpr unsigned kRing = 1024;
+  __shared__ unsigned long long ring[kRing];
+  const unsigned last = cluster_size() - 1;
+  for (unsigned i = threadIdx.x; i < kRing; i += blockDim.x) ring[i] = generic_in_block(ring + (i + 1) % kRing, last);
   cluster_barrier();
   if (threadIdx.x == 0 && cluster_rank() == 0) {
-    unsigned address = shared_address(ring);
-    if (kRemote) address = in_block(address, last);
+    unsigned long long address = generic_in_block(ring, last);
     Stopwatch watch;
 #pragma unroll 16
-    for (unsigned step = 0; step < steps; ++step) {
-      if constexpr (kRemote) {
-        asm volatile("ld.shared::cluster.u32 %0, [%0];" : "+r"(address)::"memory");
-      } else {
-        asm volatile("ld.shared::cta.u32 %0, [%0];" : "+r"(address)::"memory");
-      }
-    }
-    watch.stop(report, kNone, address);
+    for (unsigned step = 0; step < steps; ++step) asm volatile("ld.u64 %0, [%0];" : "+l"(address)::"memory");
+    watch.stop(report, kNone, static_cast<unsigned>(address));
   }
   __syncwarp();
   cluster_barrier();
@@ -455,7 +492,9 @@ __global__ void store_and_fence(Report* report, unsigned* words, unsigned times)
   Stopwatch watch;
 #pragma unroll 8
   for (unsigned i = 0; i < times; ++i) {
-    asm volatile("st.global.u32 [%0], %1;" ::"l"(words + threadIdx.x), "r"(i) : "memory");
+    // eight places in turn, or the assembler makes one store of several where no fence stands between
+    unsigned* word = words + 256 * (i % 8) + threadIdx.x;
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(word), "r"(i) : "memory");
     Fence::fence();
   }
   block_barrier();
@@ -520,7 +559,8 @@ __global__ void read_shared(Report* report, unsigned passes) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       uint4 v;
-      asm volatile("ld.shared::cta.v4.u32 {%0, %1, %2, %3}, [%4];"
+      // volatile, or the assembler lets one load serve several passes
+      asm volatile("ld.volatile.shared::cta.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                    : "r"(address + i * kReaders * 16)
                    : "memory");
@@ -745,10 +785,10 @@ Result barrier_of_block(const Card& card, int threads) {
   return in_cycles(time(card, 1, kTimes, [&](int) { launch(meet_in_block, {1, threads}, card.reports, kTimes); }));
 }
 
-Result barrier_of_cluster(const Card& card, int cluster) {
+Result barrier_of_cluster(const Card& card, int cluster, void (*kernel)(Report*, unsigned)) {
   constexpr unsigned kTimes = 4096;
-  return in_cycles(time(card, cluster, kTimes,
-                        [&](int) { launch(meet_in_cluster, {cluster, 256, cluster}, card.reports, kTimes); }));
+  return in_cycles(
+      time(card, cluster, kTimes, [&](int) { launch(kernel, {cluster, 256, cluster}, card.reports, kTimes); }));
 }
 
 Result barrier_of_grid(const Card& card, int blocks) {
@@ -770,10 +810,10 @@ Result shared_latency(const Card& card, int cluster, void (*kernel)(Report*, uns
 
 Result active_clusters(int cluster, int kilobytes) {
   const Shape shape{cluster, 256, cluster, kilobytes << 10};
-  allow(meet_in_cluster, shape);
+  allow(meet_in_cluster<true>, shape);
   const Configuration configuration(shape);
   int clusters = 0;
-  check(cudaOccupancyMaxActiveClusters(&clusters, meet_in_cluster, &configuration.config));
+  check(cudaOccupancyMaxActiveClusters(&clusters, meet_in_cluster<true>, &configuration.config));
   return {static_cast<double>(clusters), "clusters", ""};
 }
 
@@ -857,21 +897,25 @@ std::vector<Measurement> measurements() {
                     [=](const Card& card) { return barrier_of_block(card, threads); }});
   }
   for (const int cluster : {2, 4, 8, 16}) {
-    list.push_back({"cluster_barrier_" + std::to_string(cluster) + "_blocks",
-                    [=](const Card& card) { return barrier_of_cluster(card, cluster); }});
+    const std::string suffix = "_" + std::to_string(cluster) + "_blocks";
+    list.push_back({"cluster_barrier" + suffix,
+                    [=](const Card& card) { return barrier_of_cluster(card, cluster, meet_in_cluster<true>); }});
+    list.push_back({"cluster_barrier_relaxed" + suffix,
+                    [=](const Card& card) { return barrier_of_cluster(card, cluster, meet_in_cluster<false>); }});
   }
-  list.push_back(
-      {"shared_load_latency_own", [](const Card& card) { return shared_latency(card, 1, chase_shared<false>); }});
+  list.push_back({"shared_load_latency_own", [](const Card& card) { return shared_latency(card, 1, chase_own); }});
   for (const int cluster : {2, 8, 16}) {
     const std::string suffix = "_cluster_" + std::to_string(cluster);
     list.push_back({"st_async_b32_one_way" + suffix,
-                    [=](const Card& card) { return one_way_in_cluster(card, cluster, pass_async<1>); }});
+                    [=](const Card& card) { return one_way_in_cluster(card, cluster, pass_async<1, false>); }});
+    list.push_back({"st_async_b32_acquire_cluster_one_way" + suffix,
+                    [=](const Card& card) { return one_way_in_cluster(card, cluster, pass_async<1, true>); }});
     list.push_back({"st_async_v4_b32_one_way" + suffix,
-                    [=](const Card& card) { return one_way_in_cluster(card, cluster, pass_async<4>); }});
+                    [=](const Card& card) { return one_way_in_cluster(card, cluster, pass_async<4, false>); }});
     list.push_back({"st_shared_cluster_polled_one_way" + suffix,
                     [=](const Card& card) { return one_way_in_cluster(card, cluster, pass_plain); }});
     list.push_back({"shared_load_latency_last" + suffix,
-                    [=](const Card& card) { return shared_latency(card, cluster, chase_shared<true>); }});
+                    [=](const Card& card) { return shared_latency(card, cluster, chase_last); }});
   }
   for (const int cluster : {8, 16}) {
     for (const int kilobytes : {64, 128, 200}) {
@@ -983,7 +1027,8 @@ int main() {
       print_error("open", "no card");
       return 1;
     }
-    if (WIFSIGNALED(status)) print_error(list[*reached].name, "ended by signal " + std::to_string(WTERMSIG(status)));
+    if (WIFSIGNALED(status) && *reached < static_cast<int>(list.size()))
+      print_error(list[*reached].name, "ended by signal " + std::to_string(WTERMSIG(status)));
     if (status != 0) fine = false;
   }
   return fine ? 0 : 1;

@@ -8,6 +8,7 @@
 //   warps    one flag for each warp that writes: no barrier in front of it
 //   tagged   8 bytes of which 4 are the number of the step: the data is its own flag
 //   marked   the data is its own flag where it is no longer the mark that its writer had left there; four buffers
+//   unfenced the same without the fence that the memory model wants behind a mark, to know what that costs
 //   cluster  pushed into every block's shared memory, an mbarrier for each warp that reads
 #include <cuda_runtime.h>
 
@@ -195,14 +196,14 @@ struct Tagged {
   __device__ void publish(int) {}
 };
 
-template <int M>
-struct Marked {
+template <int M, bool Fenced>
+struct MarkedBy {
   static constexpr bool cluster = false;
   static constexpr int element_bytes = 2, buffers = 4;
   const Run& run;
   Guard guard;
   uint32_t* data;
-  __device__ Marked(const Run& r, int group, int) : run(r), guard{r.error} {
+  __device__ MarkedBy(const Run& r, int group, int) : run(r), guard{r.error} {
     data = reinterpret_cast<uint32_t*>(r.exchange + group * r.exchange_bytes);
   }
   __device__ void begin() {}
@@ -236,10 +237,15 @@ struct Marked {
       asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at(step + 3, row) + unit / 2), "r"(kMark) : "memory");
     }
     // Whoever reads the next state sees that mark.
-    __threadfence();
+    if (Fenced) asm volatile("fence.acq_rel.gpu;" ::: "memory");
   }
   __device__ void publish(int) {}
 };
+
+template <int M>
+using Marked = MarkedBy<M, true>;
+template <int M>
+using Unfenced = MarkedBy<M, false>;
 
 template <int M>
 struct Cluster {
@@ -287,7 +293,7 @@ struct Cluster {
       uint32_t done;
       do {
         asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, "
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, "
             "0, p;\n}"
             : "=r"(done)
             : "r"(barrier), "r"(parity)
@@ -510,6 +516,7 @@ void ways(int groups) {
   measure<Warps, M, F, Fast>("warps", groups, expected);
   measure<Tagged, M, F, Fast>("tagged", groups, expected);
   measure<Marked, M, F, Fast>("marked", groups, expected);
+  measure<Unfenced, M, F, Fast>("unfenced", groups, expected);
   if constexpr (F * 16 / M <= 16) measure<Cluster, M, F, Fast>("cluster", groups, expected);
 }
 
