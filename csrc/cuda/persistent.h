@@ -302,9 +302,9 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
       block.each_lane([&](int lane) {
         source[lane] = run.exchange_row(step, row_begin + lane / 4) + first * fragment + lane % 4 * lane_elements;
       });
-      // Fragments [begin, begin + at_once), as many of them as there are; all loads are under way before the first is
+      // Fragments [begin, begin + at_once), as far as they are before `end`; all loads are under way before the first is
       // waited for.
-      const auto add_products = [&](int64_t begin, const auto& weight_of) {
+      const auto add_products = [&](int64_t begin, int64_t end, const auto& weight_of) {
         typename Block::template EachLane<Words> from[at_once][RowTiles];
         block.each_lane([&](int lane) {
 #pragma unroll
@@ -312,13 +312,13 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
 #pragma unroll
             for (int n = 0; n < RowTiles; ++n) {
               from[g][n][lane] =
-                  block.load(source[lane] + n * kTileRows * run.depth + (begin + g) * fragment, begin + g < count);
+                  block.load(source[lane] + n * kTileRows * run.depth + (begin + g) * fragment, begin + g < end);
             }
           }
         });
 #pragma unroll
         for (int g = 0; g < at_once; ++g) {
-          if (begin + g < count) {
+          if (begin + g < end) {
 #pragma unroll
             for (int tile = 0; tile < weight_tiles; ++tile) {
               auto&& weight = weight_of(g, tile);
@@ -333,11 +333,12 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
 #pragma unroll
       for (int begin = 0; begin < held; begin += at_once) {
         if (begin < count) {
-          add_products(begin, [&](int g, int tile) -> auto& { return weights[warp].tile[begin + g][tile]; });
+          add_products(begin, count < held ? count : held,
+                       [&](int g, int tile) -> auto& { return weights[warp].tile[begin + g][tile]; });
         }
       }
       for (int64_t begin = held; begin < count; begin += at_once) {
-        add_products(begin, [&](int g, int tile) {
+        add_products(begin, count, [&](int g, int tile) {
           typename Block::template EachLane<WeightWords> weight;
           const Words* const both = spare_of(warp, begin + g - held, tile);
           block.each_lane([&](int lane) { weight[lane] = {both[lane], both[kLanes + lane]}; });
