@@ -304,19 +304,23 @@ def choose_for_graph(tensor: Tensor) -> Choice:
     Its sizes are not known, and what torch would do instead is not cuDNN: a graph gets its layers step by step, one
     graph for each T. So ours take it on every card that they have a record from, whatever the shape.
     """
-    return Choice(*_for_graph(_index(tensor), _asked))
+    path, _, reason = _for_graph(_index(tensor), _asked).partition(": ")
+    return Choice(path, reason)
 
 
 @_constant
-def _for_graph(index: int, path: str | None) -> tuple[str, str]:
+def _for_graph(index: int, path: str | None) -> str:
+    """Path and reason in one text, as Dynamo takes no tuple for a constant (torch 2.11)."""
     missing = _missing(index)
     if missing is not None:
-        return "torch", missing
-    if path is not None:
-        return ("torch", _ASKED) if path == CUDNN else _of_ours(path, _ASKED)
-    if _capability(index) in table().capabilities:
-        return _of_ours(FUSED, "torch would record its own layers step by step")
-    return "torch", _unrecorded(index)
+        choice = Choice("torch", missing)
+    elif path is not None:
+        choice = Choice("torch", _ASKED) if path == CUDNN else _of_ours(path, _ASKED)
+    elif _capability(index) in table().capabilities:
+        choice = _of_ours(FUSED, "torch would record its own layers step by step")
+    else:
+        choice = Choice("torch", _unrecorded(index))
+    return f"{choice.path}: {choice.reason}"
 
 
 def tf32() -> bool:

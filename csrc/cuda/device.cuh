@@ -67,40 +67,27 @@ struct DeviceBlock {
 
   __device__ void meet() { __syncthreads(); }
 
-  __device__ void wait(const int32_t* flags, int64_t count, int64_t value) {
-    for (int64_t i = threadIdx.x % kLanes; i < count; i += kLanes) {
-      int32_t seen;
-      do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flags + i) : "memory");
-      } while (seen < value);
-    }
-    __syncwarp();
-  }
-
-  // What the block has written so far comes before it.
-  __device__ void publish(int32_t* flag, int32_t value) {
-    __syncthreads();
-    if (threadIdx.x == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
-  }
-
-  // From the second cache, where other blocks' writes are; zeros where there is nothing. Predicated, not branched
-  // around, so that several are under way at once.
-  __device__ Words load(const void* from, bool present) {
+  // Words of other blocks, as they are at this moment; where there are none, zeros with that tag. Predicated, not
+  // branched around, so that several are under way at once.
+  __device__ Words load(const uint32_t* from, bool present, uint32_t tag) {
     Words w;
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.s32 p, %5, 0;\n"
-        "mov.u32 %0, 0;\n"
-        "mov.u32 %1, 0;\n"
-        "mov.u32 %2, 0;\n"
-        "mov.u32 %3, 0;\n"
-        "@p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "mov.u32 %0, %6;\n"
+        "mov.u32 %1, %6;\n"
+        "mov.u32 %2, %6;\n"
+        "mov.u32 %3, %6;\n"
+        "@p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
         "}"
-        : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
-        : "l"(from), "r"(static_cast<int>(present)));
+        : "=&r"(w.word[0]), "=&r"(w.word[1]), "=&r"(w.word[2]), "=&r"(w.word[3])
+        : "l"(from), "r"(static_cast<int>(present)), "r"(tag)
+        : "memory");
     return w;
   }
+
+  __device__ bool all(Each<bool>& each) { return __all_sync(0xffffffffu, each.value); }
 
   // sum [16, 8] += weights [16, depth] · from [depth, 8], in two products of half the depth.
   template <class E>

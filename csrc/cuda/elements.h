@@ -115,6 +115,7 @@ struct ForwardLayer {
   }
 
   // Of an element that is here. `h` and `c`: in and out, rounded as they are kept in memory.
+  template <class Math>
   PYRNNFAST_HD static StepForward<A> step(const Ahead& a, const Biases<Cell, A>& bias, const A (&product)[Cell::gates],
                                           A& h, A& c) {
     StepForward<A> s{};
@@ -125,7 +126,7 @@ struct ForwardLayer {
     s.bias_hn = bias.hn;
     s.h_prev = a.cleared ? A(0) : h;
     s.c_prev = a.cleared ? A(0) : c;
-    Cell::template forward<ScalarMath<A>>(s);
+    Cell::template forward<Math>(s);
     h = widened(Rounded<E>::from(s.h));
     c = s.c;
     return s;
@@ -161,7 +162,7 @@ struct ForwardElement {
       A product[Cell::gates];
       for (int g = 0; g < Cell::gates; ++g) product[g] = hgates.present() ? hgates(row, g * layer.hidden + unit) : A(0);
       A own_h = widened(h(row, unit)), own_c = Cell::has_cell ? c(row, unit) : A(0);
-      s = layer.step(a, bias, product, own_h, own_c);
+      s = layer.template step<ScalarMath<A>>(a, bias, product, own_h, own_c);
       h(row, unit) = Rounded<E>::from(own_h);
       if (Cell::has_cell) c(row, unit) = own_c;
     }
@@ -182,7 +183,6 @@ struct BackwardLayer {
   View<E> dgates;       // out, of the chunk, which begins at row `base`: [rows, P·H]
   View<E> h_prev_rows;  // likewise [rows, H]: for the product that gives ∂L/∂W_hh; absent where nobody wants it
   int64_t base = 0;
-  View<A> dh;  // out, [B, H]: ∂L/∂h0, but for what the carry adds; absent where nobody wants it
 
   // Numbers as they lie in memory, since a conversion would wait for them.
   struct Ahead {
@@ -227,6 +227,7 @@ struct BackwardLayer {
   }
 
   // `product`: what comes from the later step. `carry`: in and out.
+  template <class Math>
   PYRNNFAST_HD static StepBackward<A> step(const Ahead& a, A product, A& carry) {
     StepBackward<A> s{};
     if (a.from_later && !a.passed_on) carry = 0;
@@ -238,14 +239,13 @@ struct BackwardLayer {
     s.c = a.c;
     s.c_prev = a.c_prev + widened(a.c0);  // one of them is zero
     for (int k = 0; k < Cell::saved; ++k) s.saved[k] = widened(a.saved[k]);
-    Cell::template backward<ScalarMath<A>>(s);
+    Cell::template backward<Math>(s);
     carry = s.carry;
     return s;
   }
 
   // Of padding the gate gradients are zeros.
-  PYRNNFAST_HD void store(const Ahead& a, int64_t row, int64_t unit, A product, const StepBackward<A>& s) const {
-    if (!a.here && a.from_later && dh.present()) dh(row, unit) = a.passed_on ? product : A(0);
+  PYRNNFAST_HD void store(const Ahead& a, int64_t unit, const StepBackward<A>& s) const {
     if (!a.in_data) return;
     for (int k = 0; k < Cell::dgates; ++k) dgates(a.place - base, k * hidden + unit) = Rounded<E>::from(s.dgates[k]);
     if (h_prev_rows.present()) h_prev_rows(a.place - base, unit) = a.h_prev;
@@ -259,14 +259,16 @@ struct BackwardElement {
   BackwardLayer<Cell, E> layer;
   int64_t t;
   View<A> product, carry;
+  View<A> dh;  // out, [B, H]: ∂L/∂h0, but for what the carry adds; absent where nobody wants it
 
   PYRNNFAST_HD void operator()(int64_t row, int64_t unit) const {
     const auto a = layer.ahead(t, row, unit);
     const A own = a.from_later ? product(row, unit) : A(0);
     A carried = Cell::has_carry ? carry(row, unit) : A(0);
-    const auto s = layer.step(a, own, carried);
+    const auto s = layer.template step<ScalarMath<A>>(a, own, carried);
     if (Cell::has_carry) carry(row, unit) = carried;
-    layer.store(a, row, unit, own, s);
+    if (!a.here && a.from_later && dh.present()) dh(row, unit) = a.passed_on ? own : A(0);
+    layer.store(a, unit, s);
   }
 };
 
@@ -294,15 +296,6 @@ struct Copy {
     A value = from.present() ? A(widened(from(row, column))) : A(0);
     if (more.present()) value = value + A(widened(more(row, column)));
     to(row, column) = Rounded<To>::from(value);
-  }
-};
-
-// The same values, as the tensor cores take them.
-template <class E>
-struct ForTensorCores {
-  View<E> to, from;
-  PYRNNFAST_HD void operator()(int64_t row, int64_t column) const {
-    to(row, column) = for_tensor_cores<E>(widened(from(row, column)));
   }
 };
 

@@ -70,30 +70,24 @@ class HostBlock {
     return reinterpret_cast<T*>(shared_.data());
   }
 
-  void meet() {}
+  void meet() { pause(); }
 
-  void wait(int32_t* flags, int64_t count, int64_t value) {
-    pause();
-    for (int64_t i = 0; i < count; ++i) {
-      while (__atomic_load_n(flags + i, __ATOMIC_ACQUIRE) < value) {
-        if (stop_.load(std::memory_order_relaxed)) throw std::runtime_error("the blocks wait for each other for ever");
-        std::this_thread::yield();
-      }
-    }
-    pause();
-  }
-
-  void publish(int32_t* flag, int32_t value) {
-    pause();
-    __atomic_store_n(flag, value, __ATOMIC_RELEASE);
-    pause();
-  }
-
-  // Zeros where there is nothing.
-  Words load(const void* from, bool present) {
-    Words words{};
-    if (present) memcpy(&words, from, sizeof(Words));
+  // Zeros with that tag where there is nothing.
+  Words load(const uint32_t* from, bool present, uint32_t tag) {
+    Words words{{tag, tag, tag, tag}};
+    for (int i = 0; i < 4 && present; ++i) words.word[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
     return words;
+  }
+
+  bool all(EachLane<bool>& each) {
+    pause();
+    for (const bool one : each.value) {
+      if (one) continue;
+      if (stop_.load(std::memory_order_relaxed)) throw std::runtime_error("the blocks wait for each other for ever");
+      std::this_thread::yield();
+      return false;
+    }
+    return true;
   }
 
   // sum [16, 8] += weights [16, depth] · from [depth, 8], as mma.sync.m16n8 lays its fragments out.

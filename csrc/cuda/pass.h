@@ -78,17 +78,17 @@ struct Direction {
   }
 
   int64_t* device_offsets = nullptr;  // [T + 1], where the batch size changes
-  int32_t* flags = nullptr;           // [row groups, unit blocks]
+  uint32_t* exchange = nullptr;       // [2, padded rows, depth]
 
   void take_common(Arena& arena) {
     if (!dense()) device_offsets = arena.take<int64_t>(p.steps + 1);
-    if (plan.persistent) flags = arena.take<int32_t>(plan.row_groups * plan.unit_blocks);
+    if (plan.persistent) exchange = arena.take<uint32_t>(2 * padded_rows() * plan.depth);
   }
 
   template <class M>
   void begin_common(M& m) const {
     if (device_offsets != nullptr) m.put(device_offsets, p.offsets, p.steps + 1);
-    if (plan.persistent) m.zero(flags, plan.row_groups * plan.unit_blocks * static_cast<int64_t>(sizeof(int32_t)));
+    if (plan.persistent) m.zero(exchange, 2 * padded_rows() * plan.depth * static_cast<int64_t>(sizeof(uint32_t)));
   }
 
   Flow flow() const {
@@ -114,7 +114,7 @@ struct Direction {
     run.unit_blocks = plan.unit_blocks;
     run.depth = plan.depth;
     run.exchange_rows = padded_rows();
-    run.flags = flags;
+    run.exchange = exchange;
     run.spare_fragments = plan.spare_fragments;
   }
 };
@@ -126,7 +126,6 @@ struct ForwardPass : Direction<Forward, false> {
   static constexpr bool wide = sizeof(A) == sizeof(E);
 
   View<A> xgates, hgates, c;
-  E* exchange = nullptr;
 
   ForwardPass(const Forward& forward, const Plan& plan, bool tf32, Arena& arena)
       : Direction<Forward, false>{forward, plan, tf32} {
@@ -134,26 +133,16 @@ struct ForwardPass : Direction<Forward, false> {
     xgates = {arena.take<A>(plan.chunk_steps * p.batch * columns), columns};
     if (!plan.persistent) hgates = {arena.take<A>(p.batch * columns), columns};
     if (Cell::has_cell) c = wide ? view<A>(p.c_n) : View<A>{arena.take<A>(p.batch * p.hidden), p.hidden};
-    if (plan.persistent) exchange = arena.take<E>(2 * padded_rows() * plan.depth);
     take_common(arena);
   }
 
-  // h and c before the first step, in the place of those after the last one.
+  // By steps: h and c before the first step, in the place of those after the last one.
   template <class M>
   void begin(M& m) const {
-    const auto h = view<E>(p.h_n);
-    m.each(p.batch, p.hidden, Copy<E, E>{h, view<E>(p.h0), {}});
-    if (Cell::has_cell) m.each(p.batch, p.hidden, Copy<A, E>{c, view<E>(p.c0), {}});
     begin_common(m);
-    if constexpr (Tail::served) {
-      if (!plan.persistent) return;
-      m.zero(exchange, 2 * padded_rows() * plan.depth * static_cast<int64_t>(sizeof(E)));
-      // Both halves, as sequences that begin later find their first state in either.
-      for (int half = 0; half < 2 && p.h0.data != nullptr; ++half) {
-        E* to = exchange + half * padded_rows() * plan.depth;
-        m.each(p.batch, p.hidden, ForTensorCores<E>{{to, plan.depth}, h});
-      }
-    }
+    if (plan.persistent) return;
+    m.each(p.batch, p.hidden, Copy<E, E>{view<E>(p.h_n), view<E>(p.h0), {}});
+    if (Cell::has_cell) m.each(p.batch, p.hidden, Copy<A, E>{c, view<E>(p.c0), {}});
   }
 
   template <class M>
@@ -195,11 +184,14 @@ struct ForwardPass : Direction<Forward, false> {
   typename Tail::Run run(const Steps& s) const {
     typename Tail::Run run;
     fill_common(run, s);
-    run.exchange = exchange;
     run.weights = view<E>(p.weight_hh);
     run.layer = layer(s);
-    run.h = view<E>(p.h_n);
+    run.h0 = view<E>(p.h0);
+    run.c0 = view<E>(p.c0);
+    run.h_n = view<E>(p.h_n);
+    run.c_n = view<E>(p.c_n);
     run.c = c;
+    run.starts_with_zeros = p.h0.data == nullptr;
     return run;
   }
 
@@ -208,7 +200,7 @@ struct ForwardPass : Direction<Forward, false> {
 
   template <class M>
   void end(M& m) const {
-    if (Cell::has_cell && !wide) m.each(p.batch, p.hidden, Copy<E, A>{view<E>(p.c_n), c, {}});
+    if (Cell::has_cell && !wide && !plan.persistent) m.each(p.batch, p.hidden, Copy<E, A>{view<E>(p.c_n), c, {}});
   }
 };
 
@@ -223,7 +215,6 @@ struct BackwardPass : Direction<Backward, true> {
   View<E> dgates, h_prev_rows;
   View<E> x_rows;  // x without what stands in padding, which may be NaN
   E* ones = nullptr;
-  E* exchange = nullptr;
   // The gradients of weights, where they cannot be summed up in the place of the results.
   View<A> sum_weight_ih, sum_weight_hh, sum_bias_ih, sum_bias_hh;
 
@@ -243,7 +234,6 @@ struct BackwardPass : Direction<Backward, true> {
       if (p.dbias_ih.data != nullptr) sum_bias_ih = {arena.take<A>(GH), GH};
       if (p.dbias_hh.data != nullptr) sum_bias_hh = {arena.take<A>(GH), GH};
     }
-    if (plan.persistent) exchange = arena.take<E>(2 * padded_rows() * plan.depth);
     take_common(arena);
   }
 
@@ -253,15 +243,16 @@ struct BackwardPass : Direction<Backward, true> {
 
   template <class M>
   void begin(M& m) const {
-    // The GRU's ∂L/∂h_n comes in the place of the product.
-    if (Cell::has_carry) {
-      m.each(p.batch, p.hidden, Copy<A, E>{carry, Cell::has_cell ? view<E>(p.grad_c_n) : View<E>{}, {}});
+    if (!plan.persistent) {
+      // The GRU's ∂L/∂h_n comes in the place of the product.
+      if (Cell::has_carry) {
+        m.each(p.batch, p.hidden, Copy<A, E>{carry, Cell::has_cell ? view<E>(p.grad_c_n) : View<E>{}, {}});
+      }
+      // Sequences without a step keep it.
+      if (wants_states()) m.each(p.batch, p.hidden, Copy<A, E>{dh, view<E>(p.grad_h_n), {}});
     }
-    // Sequences without a step keep it.
-    if (wants_states()) m.each(p.batch, p.hidden, Copy<A, E>{dh, view<E>(p.grad_h_n), {}});
     if (ones != nullptr) m.each(1, plan.chunk_steps * p.batch, Ones<E>{ones});
     begin_common(m);
-    if (plan.persistent) m.zero(exchange, 2 * padded_rows() * plan.depth * static_cast<int64_t>(sizeof(E)));
     if (adds_chunks_to_dx() && !p.add_to_dx && p.dx.data != nullptr) {
       m.each(p.offsets[p.steps], p.inputs, Copy<E, E>{view<E>(p.dx), {}, {}});
     }
@@ -293,7 +284,6 @@ struct BackwardPass : Direction<Backward, true> {
     l.dgates = dgates_of(s);
     l.h_prev_rows = h_prev_rows;
     l.base = base(s);
-    l.dh = dh;
     return l;
   }
 
@@ -306,7 +296,7 @@ struct BackwardPass : Direction<Backward, true> {
                     last = this->active(time(step - 1));
       // Sequences that had their first step before this one leave here.
       m.each(wants_states() ? std::max(active, last) : active, p.hidden,
-             BackwardElement<Cell, E>{l, t, product, carry});
+             BackwardElement<Cell, E>{l, t, product, carry, dh});
       const int64_t wanted = wants_states() ? active : std::min(active, this->active(next));
       if (wanted == 0) continue;
       const E* left = l.dgates.row(p.offsets[t] - base(chunk));
@@ -323,10 +313,16 @@ struct BackwardPass : Direction<Backward, true> {
   typename Tail::Run run(const Steps& s) const {
     typename Tail::Run run;
     fill_common(run, s);
-    run.exchange = exchange;
     run.weights = view<E>(p.weight_hh);
     run.layer = layer(s);
+    run.grad_h_n = view<E>(p.grad_h_n);
+    run.grad_c_n = view<E>(p.grad_c_n);
+    run.dh0 = view<E>(p.dh0);
+    run.dc0 = view<E>(p.dc0);
+    run.dh = dh;
     run.carry = carry;
+    run.states = wants_states();
+    run.starts_with_zeros = true;
     return run;
   }
 
@@ -357,10 +353,12 @@ struct BackwardPass : Direction<Backward, true> {
 
   template <class M>
   void end(M& m) const {
-    if (p.dh0.data != nullptr) {
-      m.each(p.batch, p.hidden, Copy<E, A>{view<E>(p.dh0), dh, Cell::has_cell ? View<A>{} : carry});
+    if (!plan.persistent) {
+      if (p.dh0.data != nullptr) {
+        m.each(p.batch, p.hidden, Copy<E, A>{view<E>(p.dh0), dh, Cell::has_cell ? View<A>{} : carry});
+      }
+      if (p.dc0.data != nullptr) m.each(p.batch, p.hidden, Copy<E, A>{view<E>(p.dc0), carry, {}});
     }
-    if (p.dc0.data != nullptr) m.each(p.batch, p.hidden, Copy<E, A>{view<E>(p.dc0), carry, {}});
     if (sums_in_place()) return;
     const int64_t GH = Cell::gates * p.hidden;
     round_sums(m, GH, p.inputs, p.dweight_ih, sum_weight_ih);

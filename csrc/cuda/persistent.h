@@ -4,18 +4,22 @@
 //   product [weight rows, sequences] = its rows of the weights · exchange of the step before
 // by tensor cores, the depth shared among its warps; then a tail (the cell's equations) for each of its elements, which
 // writes its part of the next exchange. Forward, the exchange holds h; backward, the gate gradients, so that every
-// block computes ∂L/∂h of its own units. There are two exchanges, used by turns, and one flag for each block: the
-// number of steps that it has written. A warp waits for the blocks whose part it is about to read, and no others.
-// Nobody writes an
-// exchange that is still being read: before a block writes step s + 1, its warps together have seen step s of all
-// blocks, and have met; and those blocks had read the exchange of step s − 1 before.
+// block computes ∂L/∂h of its own units.
+//
+// Blocks meet nowhere but in the exchange, where the data is its own flag: each number is a word of 32 bits that is
+// written at once, the low ones of which say of which step it is (Tagged, in numbers.h). A warp loads what it needs,
+// and again as long as not all of it is of the step. There are two exchanges, used by turns. Nobody writes one that is
+// still being read: before a block writes step s + 1, its warps together have seen step s of all blocks, and have met;
+// and those blocks had read the exchange of step s − 1 before. Neither fences nor flags are wanted, as nothing but the
+// words themselves is handed over. The exchanges begin with zeros, which have the tag of no step.
 //
 // A Block gives the code its threads: on the device those of CUDA (device.cuh); in the tests loops, and a std::thread
 // for each block (host.h). `Each…` are what a lane, warp or thread keeps to itself. All loops over fragments that are
 // held in registers are unrolled.
 //
-// The order of the product's depth inside a fragment does not matter as long as weights and exchange agree, so lane q
-// of 4 takes 16 bytes that lie together; tensor cores see them as two products, of two words each.
+// The order of the product's depth inside a fragment does not matter as long as weights and exchange agree. Lane q of 4
+// takes the words [4 q, 4 q + 4) of each 16, so that 4 lanes load 64 bytes that lie together; tensor cores see what a
+// lane has as two products, of two words each.
 #pragma once
 
 #include <utility>
@@ -29,6 +33,28 @@ namespace {
 // 16 bytes.
 struct Words {
   uint32_t word[4];
+};
+
+// Words of the exchange that a lane loads for a fragment.
+constexpr int kLoadWords = 4, kLoadedTogether = 4 * kLoadWords;
+template <class E>
+struct Loaded {
+  static constexpr int loads = 4 / sizeof(E);
+  Words part[loads];
+
+  PYRNNFAST_HD uint32_t word(int index) const { return part[index / kLoadWords].word[index % kLoadWords]; }
+  // As tensor cores take them.
+  PYRNNFAST_HD Words numbers() const {
+    Words result;
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(E) == sizeof(float)) {
+        result.word[i] = Tagged<E>::bits(word(i));
+      } else {
+        result.word[i] = Tagged<E>::bits(word(2 * i)) >> 16 | Tagged<E>::bits(word(2 * i + 1));
+      }
+    }
+    return result;
+  }
 };
 
 // A lane's part of a product [16, 8]: rows lane / 4 and lane / 4 + 8, columns lane % 4 · 2 and the next.
@@ -47,15 +73,24 @@ struct SweepRun {
   int64_t first, last;  // steps, in the order of the pass
   bool descending;      // whether time goes down
   int64_t unit_blocks, depth, exchange_rows, spare_fragments;
-  int32_t* flags;  // [row groups, unit blocks]
-  E* exchange;     // [2, exchange_rows, depth]
+  bool starts_with_zeros;  // the exchange of step 0 is not to be read
+  uint32_t* exchange;      // [2, exchange_rows, depth], zeros before the first step
   View<E> weights;
 
   PYRNNFAST_HD int64_t time(const Flow& flow, int64_t step) const { return descending ? flow.steps - 1 - step : step; }
-  PYRNNFAST_HD E* exchange_row(int64_t step, int64_t row) const {
+  PYRNNFAST_HD uint32_t* exchange_row(int64_t step, int64_t row) const {
     return exchange + ((step % 2) * exchange_rows + row) * depth;
   }
 };
+
+// To where other blocks read it.
+PYRNNFAST_HD inline void hand_over(uint32_t* to, uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+#else
+  __atomic_store_n(to, word, __ATOMIC_RELAXED);
+#endif
+}
 
 template <class Cell, class E>
 struct ForwardTail {
@@ -67,8 +102,9 @@ struct ForwardTail {
 
   struct Run : SweepRun<E> {
     ForwardLayer<Cell, E> layer;
-    View<E> h;  // [B, H]: the states before and after the chunk
-    View<A> c;
+    View<E> h0, c0;    // [B, H]: before the first step; absent: zeros
+    View<E> h_n, c_n;  // after the last one; h_n between chunks too
+    View<A> c;         // between chunks
 
     PYRNNFAST_HD int64_t last_sweep_step() const { return this->last; }
   };
@@ -91,8 +127,19 @@ struct ForwardTail {
 
   PYRNNFAST_HD static void begin(const Run& run, OfUnit& bias, Element& e, int64_t row, int64_t unit) {
     bias.read(run.layer.bias_ih, run.layer.bias_hh, run.layer.hidden, unit);
-    e.h = widened(run.h(row, unit));
-    e.c = Cell::has_cell ? run.c(row, unit) : A(0);
+    if (run.first > 0) {
+      e.h = widened(run.h_n(row, unit));
+      e.c = Cell::has_cell ? run.c(row, unit) : A(0);
+      return;
+    }
+    e.h = run.h0.present() ? A(widened(run.h0(row, unit))) : A(0);
+    e.c = Cell::has_cell && run.c0.present() ? A(widened(run.c0(row, unit))) : A(0);
+    if (!run.starts_with_zeros) write(run, 0, row, unit, e.h);
+  }
+
+  // Also of units that are none.
+  PYRNNFAST_HD static void write(const Run& run, int64_t step, int64_t row, int64_t unit, A h) {
+    hand_over(run.exchange_row(step, row) + unit, Tagged<E>::from(h, step));
   }
 
   // What the step wants from far away, before it waits for the others.
@@ -103,19 +150,27 @@ struct ForwardTail {
   // What the others wait for.
   PYRNNFAST_HD static void finish(const Run& run, int64_t step, const OfUnit& bias, Element& e, int64_t row,
                                   int64_t unit, const A (&product)[weight_tiles]) {
-    if (!e.ahead.here) return;
-    e.step = run.layer.step(e.ahead, bias, product, e.h, e.c);
-    run.exchange_row(step + 1, row)[unit] = for_tensor_cores<E>(e.h);
+    if (e.ahead.here) e.step = run.layer.template step<FastMath<A>>(e.ahead, bias, product, e.h, e.c);
+    write(run, step + 1, row, unit, e.h);
+  }
+
+  PYRNNFAST_HD static void blank(const Run& run, int64_t step, int64_t row, int64_t unit) {
+    write(run, step, row, unit, A(0));
   }
 
   // What nobody waits for.
-  PYRNNFAST_HD static void store(const Run& run, const Element& e, int64_t, int64_t unit) {
+  PYRNNFAST_HD static void store(const Run& run, Element& e, int64_t, int64_t unit) {
     run.layer.store(e.ahead, unit, e.step);
   }
 
   PYRNNFAST_HD static void end(const Run& run, const Element& e, int64_t row, int64_t unit) {
-    run.h(row, unit) = Rounded<E>::from(e.h);
-    if (Cell::has_cell) run.c(row, unit) = e.c;
+    run.h_n(row, unit) = Rounded<E>::from(e.h);
+    if (!Cell::has_cell) return;
+    if (run.last < run.layer.flow.steps) {
+      run.c(row, unit) = e.c;
+    } else {
+      run.c_n(row, unit) = Rounded<E>::from(e.c);
+    }
   }
 };
 
@@ -140,11 +195,14 @@ struct BackwardTail {
 
   struct Run : SweepRun<E> {
     BackwardLayer<Cell, E> layer;
-    View<A> carry;  // [B, H]
+    View<E> grad_h_n, grad_c_n;  // [B, H]; absent: zeros
+    View<E> dh0, dc0;            // out; absent where nobody wants them
+    View<A> dh, carry;           // between chunks
+    bool states;                 // whether anybody wants the gradients of the initial states
 
     // One more product than there are steps gives ∂L/∂h0.
     PYRNNFAST_HD int64_t last_sweep_step() const {
-      return layer.dh.present() && this->last == layer.flow.steps ? this->last + 1 : this->last;
+      return states && this->last == layer.flow.steps ? this->last + 1 : this->last;
     }
   };
 
@@ -152,6 +210,7 @@ struct BackwardTail {
 
   struct Element {
     A carry, product;
+    A dh;  // ∂L/∂h0, but for what the carry adds
     typename BackwardLayer<Cell, E>::Ahead ahead;
     StepBackward<A> step;
   };
@@ -164,7 +223,15 @@ struct BackwardTail {
   }
 
   PYRNNFAST_HD static void begin(const Run& run, OfUnit&, Element& e, int64_t row, int64_t unit) {
-    e.carry = Cell::has_carry ? run.carry(row, unit) : A(0);
+    if (run.first > 0) {
+      e.carry = Cell::has_carry ? run.carry(row, unit) : A(0);
+      e.dh = run.states ? run.dh(row, unit) : A(0);
+      return;
+    }
+    // The GRU's ∂L/∂h_n comes in the place of the product.
+    e.carry = Cell::has_cell && run.grad_c_n.present() ? A(widened(run.grad_c_n(row, unit))) : A(0);
+    // Sequences without a step keep it.
+    e.dh = run.grad_h_n.present() ? A(widened(run.grad_h_n(row, unit))) : A(0);
   }
 
   PYRNNFAST_HD static void fetch(const Run& run, int64_t step, Element& e, int64_t row, int64_t unit) {
@@ -174,23 +241,34 @@ struct BackwardTail {
   PYRNNFAST_HD static void finish(const Run& run, int64_t step, const OfUnit&, Element& e, int64_t row, int64_t unit,
                                   const A (&product)[weight_tiles]) {
     e.product = product[0];
-    e.step = run.layer.step(e.ahead, product[0], e.carry);
-    if (!e.ahead.here) return;
-    E* to = run.exchange_row(step + 1, row) + unit / kUnits * (kUnits * Cell::gates) + unit % kUnits;
-    exchange_gates(to, e.step, std::make_integer_sequence<int, Cell::gates>{});
+    e.step = run.layer.template step<FastMath<A>>(e.ahead, product[0], e.carry);
+    write(run, step + 1, row, unit, e.step, std::make_integer_sequence<int, Cell::gates>{});
   }
 
-  PYRNNFAST_HD static void store(const Run& run, const Element& e, int64_t row, int64_t unit) {
-    run.layer.store(e.ahead, row, unit, e.product, e.step);
+  PYRNNFAST_HD static void blank(const Run& run, int64_t step, int64_t row, int64_t unit) {
+    write(run, step, row, unit, StepBackward<A>{}, std::make_integer_sequence<int, Cell::gates>{});
   }
 
   template <int... Gate>
-  PYRNNFAST_HD static void exchange_gates(E* to, const StepBackward<A>& s, std::integer_sequence<int, Gate...>) {
-    ((to[Gate * kUnits] = for_tensor_cores<E>(s.dgates[RecurrentDgate<Cell, Gate>::value])), ...);
+  PYRNNFAST_HD static void write(const Run& run, int64_t step, int64_t row, int64_t unit, const StepBackward<A>& s,
+                                 std::integer_sequence<int, Gate...>) {
+    uint32_t* const to = run.exchange_row(step, row) + unit / kUnits * (kUnits * Cell::gates) + unit % kUnits;
+    (hand_over(to + Gate * kUnits, Tagged<E>::from(s.dgates[RecurrentDgate<Cell, Gate>::value], step)), ...);
+  }
+
+  PYRNNFAST_HD static void store(const Run& run, Element& e, int64_t, int64_t unit) {
+    if (!e.ahead.here && e.ahead.from_later) e.dh = e.ahead.passed_on ? e.product : A(0);
+    run.layer.store(e.ahead, unit, e.step);
   }
 
   PYRNNFAST_HD static void end(const Run& run, const Element& e, int64_t row, int64_t unit) {
-    if (Cell::has_carry) run.carry(row, unit) = e.carry;
+    if (run.last < run.layer.flow.steps) {
+      if (Cell::has_carry) run.carry(row, unit) = e.carry;
+      if (run.states) run.dh(row, unit) = e.dh;
+      return;
+    }
+    if (run.dh0.present()) run.dh0(row, unit) = Rounded<E>::from(Cell::has_cell ? e.dh : e.dh + e.carry);
+    if (Cell::has_cell && run.dc0.present()) run.dc0(row, unit) = Rounded<E>::from(e.carry);
   }
 };
 
@@ -201,6 +279,11 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
   constexpr int weight_tiles = Tail::weight_tiles, rows = RowTiles * kTileRows;
   constexpr int held = held_fragments(weight_tiles, RowTiles);
   constexpr int fragment = depth_of_fragment(sizeof(E)), lane_elements = 16 / sizeof(E);
+  constexpr int loads = Loaded<E>::loads;
+  // In a fragment, of a lane's element.
+  const auto depth_of = [](int lane, int element) {
+    return element / kLoadWords * kLoadedTogether + lane % 4 * kLoadWords + element % kLoadWords;
+  };
   constexpr int sum_stride = weight_tiles * kUnits + 4;  // against bank conflicts
   // Fragments that are loaded together, and chains of products that do not wait for each other.
   constexpr int at_once = 4 / RowTiles, chains = weight_tiles == 1 ? at_once : 1;
@@ -209,9 +292,13 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
   struct Fragments {
     typename Block::template EachLane<WeightWords> tile[held > 0 ? held : 1][weight_tiles];
   };
+  struct Element {
+    typename Tail::Element element;
+    float product[weight_tiles];
+  };
   struct Elements {
     typename Tail::OfUnit of_unit;
-    typename Tail::Element element[elements];
+    Element element[elements];
   };
   typename Block::template EachWarp<Fragments> weights;
   typename Block::template EachThread<Elements> threads;
@@ -225,29 +312,34 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
 
   const int64_t fragments = run.depth / fragment, row_begin = group * rows;
   const auto begin_of = [&](int warp) { return fragments * warp / kWarps; };
-  int32_t* const flags = run.flags + group * run.unit_blocks;
+  // The depth that some block writes; what is beyond fills a fragment.
+  const int64_t written = run.unit_blocks * kUnits * Tail::gates_of_exchange;
 
   static_assert(kThreads % kUnits == 0, "all elements of a thread are of one unit");
-  // The elements of a thread: (row of the batch, unit), where there is such.
-  const auto each_element = [&](const auto& body) {
+  // The elements of a thread: (row of the batch, unit), where there is such; `other` of units that are none.
+  const auto each_place = [&](const auto& body, const auto& other) {
     block.each_thread([&](int thread) {
 #pragma unroll
       for (int i = 0; i < elements; ++i) {
         const int place = i * kThreads + thread, row = place / kUnits;
         const int64_t unit = unit_block * kUnits + place % kUnits;
-        if (row < rows && row_begin + row < run.layer.flow.batch && unit < run.layer.hidden) {
+        if (row >= rows || row_begin + row >= run.layer.flow.batch) continue;
+        if (unit < run.layer.hidden) {
           body(threads[thread], threads[thread].element[i], row, place % kUnits, row_begin + row, unit);
+        } else {
+          other(row_begin + row, unit);
         }
       }
     });
   };
+  const auto each_element = [&](const auto& body) { each_place(body, [](int64_t, int64_t) {}); };
 
   block.each_warp([&](int warp) {
     const auto words = [&](int tile, int row, int64_t index, int lane) {
       E values[lane_elements];
 #pragma unroll
       for (int j = 0; j < lane_elements; ++j) {
-        const E weight = Tail::weight(run, unit_block, tile, row, index * fragment + lane % 4 * lane_elements + j);
+        const E weight = Tail::weight(run, unit_block, tile, row, index * fragment + depth_of(lane, j));
         if constexpr (sizeof(E) == sizeof(float)) {
           values[j] = for_tensor_cores<E>(weight);
         } else {
@@ -277,12 +369,16 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
       }
     });
   });
-  each_element(
-      [&](auto& own, auto& e, int, int, int64_t row, int64_t unit) { Tail::begin(run, own.of_unit, e, row, unit); });
+  each_place([&](auto& own, auto& e, int, int, int64_t row,
+                 int64_t unit) { Tail::begin(run, own.of_unit, e.element, row, unit); },
+             [&](int64_t row, int64_t unit) {
+               if (run.first == 0 && !run.starts_with_zeros) Tail::blank(run, 0, row, unit);
+             });
 
   const int64_t last = run.last_sweep_step();
   for (int64_t step = run.first; step < last; ++step) {
-    each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::fetch(run, step, e, row, unit); });
+    each_element(
+        [&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::fetch(run, step, e.element, row, unit); });
     block.each_warp([&](int warp) {
       const int64_t first = begin_of(warp), count = begin_of(warp + 1) - first;
       typename Block::template EachLane<Sums4> sum[chains][weight_tiles][RowTiles];
@@ -292,53 +388,75 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
           sum[k / (weight_tiles * RowTiles)][k / RowTiles % weight_tiles][k % RowTiles][lane] = Sums4{};
         }
       });
-      if (count > 0 && step > 0) {
-        // The blocks that write what this warp reads.
-        constexpr int written = kUnits * Tail::gates_of_exchange;
-        const int64_t writer = first * fragment / written, after = ((first + count) * fragment - 1) / written + 1;
-        block.wait(flags + writer, (after < run.unit_blocks ? after : run.unit_blocks) - writer, step);
-      }
-      typename Block::template EachLane<const E*> source;
+      const auto tag = Tagged<E>::tag(step);
+      typename Block::template EachLane<const uint32_t*> source;
       block.each_lane([&](int lane) {
-        source[lane] = run.exchange_row(step, row_begin + lane / 4) + first * fragment + lane % 4 * lane_elements;
+        source[lane] = run.exchange_row(step, row_begin + lane / 4) + first * fragment + lane % 4 * kLoadWords;
       });
-      // Fragments [begin, begin + at_once), as far as they are before `end`; all loads are under way before the first is
-      // waited for.
+      // Fragments [begin, begin + at_once), as far as they are before `end`. All loads are under way before the first
+      // is looked at, and all are made again where one was too early.
       const auto add_products = [&](int64_t begin, int64_t end, const auto& weight_of) {
-        typename Block::template EachLane<Words> from[at_once][RowTiles];
-        block.each_lane([&](int lane) {
+        typename Block::template EachLane<Loaded<E>> from[at_once][RowTiles];
+        typename Block::template EachLane<bool> arrived;
+        do {
+          block.each_lane([&](int lane) {
 #pragma unroll
-          for (int g = 0; g < at_once; ++g) {
+            for (int g = 0; g < at_once; ++g) {
 #pragma unroll
-            for (int n = 0; n < RowTiles; ++n) {
-              from[g][n][lane] =
-                  block.load(source[lane] + n * kTileRows * run.depth + (begin + g) * fragment, begin + g < end);
+              for (int n = 0; n < RowTiles; ++n) {
+                const bool row_is_there = row_begin + n * kTileRows + lane / 4 < run.layer.flow.batch;
+#pragma unroll
+                for (int k = 0; k < loads; ++k) {
+                  const int64_t depth = (begin + g) * fragment + k * kLoadedTogether;
+                  const bool present = row_is_there && begin + g < end && first * fragment + depth < written;
+                  from[g][n][lane].part[k] = block.load(source[lane] + n * kTileRows * run.depth + depth, present, tag);
+                }
+              }
             }
-          }
-        });
+          });
+          block.each_lane([&](int lane) {
+            uint32_t other = 0;
+#pragma unroll
+            for (int g = 0; g < at_once; ++g) {
+#pragma unroll
+              for (int n = 0; n < RowTiles; ++n) {
+#pragma unroll
+                for (int i = 0; i < loads * kLoadWords; ++i) other |= from[g][n][lane].word(i) ^ tag;
+              }
+            }
+            arrived[lane] = Tagged<E>::tag_of(other) == 0;
+          });
+        } while (!block.all(arrived));
 #pragma unroll
         for (int g = 0; g < at_once; ++g) {
           if (begin + g < end) {
+            typename Block::template EachLane<Words> numbers[RowTiles];
+            block.each_lane([&](int lane) {
+#pragma unroll
+              for (int n = 0; n < RowTiles; ++n) numbers[n][lane] = from[g][n][lane].numbers();
+            });
 #pragma unroll
             for (int tile = 0; tile < weight_tiles; ++tile) {
               auto&& weight = weight_of(g, tile);
 #pragma unroll
               for (int n = 0; n < RowTiles; ++n) {
-                block.template multiply<E>(weight, from[g][n], sum[g % chains][tile][n]);
+                block.template multiply<E>(weight, numbers[n], sum[g % chains][tile][n]);
               }
             }
           }
         }
       };
+      const int64_t wanted = step == 0 && run.starts_with_zeros ? 0 : count;
 #pragma unroll
       for (int begin = 0; begin < held; begin += at_once) {
-        if (begin < count) {
-          add_products(begin, count < held ? count : held,
-                       [&](int g, int tile) -> auto& { return weights[warp].tile[begin + g][tile]; });
+        if (begin < wanted) {
+          add_products(begin, wanted < held ? wanted : held, [&](int g, int tile) -> auto& {
+            return weights[warp].tile[begin + g < held ? begin + g : 0][tile];
+          });
         }
       }
-      for (int64_t begin = held; begin < count; begin += at_once) {
-        add_products(begin, count, [&](int g, int tile) {
+      for (int64_t begin = held; begin < wanted; begin += at_once) {
+        add_products(begin, wanted, [&](int g, int tile) {
           typename Block::template EachLane<WeightWords> weight;
           const Words* const both = spare_of(warp, begin + g - held, tile);
           block.each_lane([&](int lane) { weight[lane] = {both[lane], both[kLanes + lane]}; });
@@ -364,22 +482,25 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
       });
     });
     block.meet();
-    each_element([&](auto& own, auto& e, int own_row, int own_unit, int64_t row, int64_t unit) {
-      float product[weight_tiles];
+    each_element([&](auto&, auto& e, int own_row, int own_unit, int64_t, int64_t) {
 #pragma unroll
       for (int tile = 0; tile < weight_tiles; ++tile) {
-        product[tile] = 0;
+        float total = 0;
 #pragma unroll
         for (int warp = 0; warp < kWarps; ++warp) {
-          product[tile] += sums[(warp * rows + own_row) * sum_stride + tile * kUnits + own_unit];
+          total += sums[(warp * rows + own_row) * sum_stride + tile * kUnits + own_unit];
         }
+        e.product[tile] = total;
       }
-      Tail::finish(run, step, own.of_unit, e, row, unit, product);
     });
-    block.publish(flags + unit_block, static_cast<int32_t>(step + 1));
-    each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::store(run, e, row, unit); });
+    // The next step's sums come in the place of these.
+    block.meet();
+    each_place([&](auto& own, auto& e, int, int, int64_t row,
+                   int64_t unit) { Tail::finish(run, step, own.of_unit, e.element, row, unit, e.product); },
+               [&](int64_t row, int64_t unit) { Tail::blank(run, step + 1, row, unit); });
+    each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::store(run, e.element, row, unit); });
   }
-  each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::end(run, e, row, unit); });
+  each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::end(run, e.element, row, unit); });
 }
 
 }  // namespace
