@@ -89,10 +89,16 @@ def run(path: str, kind: str, cell: str, call: Call, device: str = "cuda") -> st
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.exercise")
     parser.add_argument("--quick", action="store_true", help="the first two sizes of each")
+    parser.add_argument("--poison", action="store_true", help="NaN before every product that cuBLAS writes")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    taken = Counter(run(*call) for call in calls(options.quick))
-    torch.cuda.synchronize()
+    if options.poison:
+        cuda.load().module.set_threshold("poison", 1)
+    taken: Counter[str] = Counter()
+    for call in calls(options.quick):
+        print(*call, file=sys.stderr)  # what it dies in, should it
+        taken[run(*call)] += 1
+        torch.cuda.synchronize()
     print(json.dumps(taken))
     return 0
 

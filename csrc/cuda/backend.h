@@ -29,6 +29,10 @@ extern const char* const kToolkit;
 // Random delays in the persistent form, which only the host has. 0: none.
 void set_delays(unsigned seed);
 
+// On a device, NaN before every product that cuBLAS writes: compute-sanitizer's initcheck does not see the copy engine
+// write, by which some of cuBLAS's kernels do.
+void set_poison(bool poison);
+
 // Throws std::runtime_error with the driver's words where there is no driver or no device.
 std::vector<DeviceProperties> devices();
 

@@ -193,6 +193,8 @@ void set_threshold_of(const py::args& args, const py::kwargs& kwargs) {
     multiprocessors() = static_cast<int>(std::min<int64_t>(value, std::numeric_limits<int>::max()));
   } else if (name == "delays") {
     set_delays(static_cast<unsigned>(value));
+  } else if (name == "poison") {
+    set_poison(value != 0);
   } else {
     throw py::value_error("there is no threshold '" + name + "'");
   }

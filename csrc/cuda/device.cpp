@@ -1,4 +1,5 @@
 // The backend of _cuda: which template serves a call, and the streams that it runs on; see backend.h.
+#include <atomic>
 #include <mutex>
 #include <stdexcept>
 
@@ -8,6 +9,8 @@
 
 namespace pyrnnfast {
 namespace {
+
+std::atomic<bool> g_poison{false};
 
 const Served<Forward>& served(const Checked<Forward>& call) {
   switch (call.directions[0].dtype) {
@@ -93,6 +96,9 @@ void run_on_streams(const Checked<P>& call, const Plan& plan, Context context) {
 const Rules kBackendRules = kCudaRules;
 
 void set_delays(unsigned) { throw std::invalid_argument("there is no threshold 'delays' on a device"); }
+
+void set_poison(bool poison) { g_poison = poison; }
+bool poisons_products() { return g_poison; }
 
 std::vector<DeviceProperties> devices() {
   static std::mutex mutex;

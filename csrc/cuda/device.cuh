@@ -154,6 +154,10 @@ class DeviceMachine {
   template <class E, class Out>
   void gemm(const Multiplication& m) {
     if (workspace_ != nullptr) blas_.use(stream_, workspace_, workspace_bytes_);
+    if (poisons_products() && !m.add) {
+      check_cuda(cudaMemset2DAsync(m.out, m.out_stride * sizeof(Out), 0xff, m.columns * sizeof(Out), m.rows, stream_),
+                 "cudaMemset2DAsync");
+    }
     blas_.multiply({DtypeOf<E>::value, DtypeOf<Out>::value, m.tf32, m.a_transposed, m.b_transposed, m.rows, m.columns,
                     m.depth, m.a, m.a_stride, m.b, m.b_stride, m.out, m.out_stride, m.add});
   }

@@ -38,5 +38,6 @@ void run(const Checked<Forward>& call, const Plan& plan, const Context& context)
 void run(const Checked<Backward>& call, const Plan& plan, const Context& context) { run_on_host(call, plan, context); }
 
 void set_delays(unsigned seed) { delays().seed = seed; }
+void set_poison(bool) { throw std::invalid_argument("there is no threshold 'poison' on the host"); }
 
 }  // namespace pyrnnfast

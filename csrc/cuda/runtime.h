@@ -7,6 +7,10 @@
 #include <string>
 
 namespace pyrnnfast {
+
+// Whether NaN is written to where cuBLAS is about to write: see set_poison in backend.h.
+bool poisons_products();
+
 namespace {
 
 inline void check_cuda(cudaError_t error, const char* what) {

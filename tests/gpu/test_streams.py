@@ -1,5 +1,6 @@
 """What a kernel owes to CUDA: the current stream, graphs, no waiting, torch's memory alone, the same bits each time."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,7 @@ def test_memory_is_torchs_alone(cell: str, path: str) -> None:
     given = planned(case, path)
     for _ in range(2):
         call(case, given, path)
+    gc.collect()  # of other tests
     torch.cuda.synchronize()
     free, reserved, allocated = (
         torch.cuda.mem_get_info()[0],
