@@ -286,7 +286,8 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
   };
   constexpr int sum_stride = weight_tiles * kUnits + 4;  // against bank conflicts
   // Fragments that are loaded together, and chains of products that do not wait for each other.
-  constexpr int at_once = 4 / RowTiles, chains = weight_tiles == 1 ? at_once : 1;
+  constexpr int at_once = RowTiles == 1 && weight_tiles == 4 && loads == 2 ? 2 : 4 / RowTiles,
+                chains = weight_tiles == 1 ? at_once : 1;
   constexpr int elements = (rows * kUnits + kThreads - 1) / kThreads;
 
   struct Fragments {
@@ -307,13 +308,15 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
   // [warp, row, sum_stride]
   float* const sums = reinterpret_cast<float*>(spare + kWarps * run.spare_fragments * weight_tiles * 2 * kLanes);
   const auto spare_of = [&](int warp, int64_t index, int tile) {
-    return spare + ((warp * run.spare_fragments + index) * weight_tiles + tile) * 2 * kLanes;
+    return spare + ((warp * static_cast<int>(run.spare_fragments) + index) * weight_tiles + tile) * 2 * kLanes;
   };
 
-  const int64_t fragments = run.depth / fragment, row_begin = group * rows;
+  const int64_t row_begin = group * rows;
+  const int fragments = static_cast<int>(run.depth) / fragment;
   const auto begin_of = [&](int warp) { return fragments * warp / kWarps; };
   // The depth that some block writes; what is beyond fills a fragment.
-  const int64_t written = run.unit_blocks * kUnits * Tail::gates_of_exchange;
+  const int written = static_cast<int>(run.unit_blocks) * kUnits * Tail::gates_of_exchange;
+  const int tile_stride = kTileRows * static_cast<int>(run.depth);
 
   static_assert(kThreads % kUnits == 0, "all elements of a thread are of one unit");
   // The elements of a thread: (row of the batch, unit), where there is such; `other` of units that are none.
@@ -348,11 +351,12 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
       }
       return same_bits<Words>(values);
     };
-    const int64_t first = begin_of(warp), count = begin_of(warp + 1) - first;
+    const int first = begin_of(warp), count = begin_of(warp + 1) - first;
     block.each_lane([&](int lane) {
     // The reading is not unrolled, as it would be most of the kernel then; the choice of the registers is.
 #pragma unroll 1
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < count;
+           ++i) {  // in 32 bits the compiler takes the choice for an index, and the array from the registers
 #pragma unroll 1
         for (int tile = 0; tile < weight_tiles; ++tile) {
           const WeightWords both{words(tile, lane / 4, first + i, lane), words(tile, lane / 4 + 8, first + i, lane)};
@@ -380,7 +384,7 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
     each_element(
         [&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::fetch(run, step, e.element, row, unit); });
     block.each_warp([&](int warp) {
-      const int64_t first = begin_of(warp), count = begin_of(warp + 1) - first;
+      const int first = begin_of(warp), count = begin_of(warp + 1) - first;
       typename Block::template EachLane<Sums4> sum[chains][weight_tiles][RowTiles];
       block.each_lane([&](int lane) {
 #pragma unroll
@@ -395,7 +399,7 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
       });
       // Fragments [begin, begin + at_once), as far as they are before `end`. All loads are under way before the first
       // is looked at, and all are made again where one was too early.
-      const auto add_products = [&](int64_t begin, int64_t end, const auto& weight_of) {
+      const auto add_products = [&](int begin, int end, const auto& weight_of) {
         typename Block::template EachLane<Loaded<E>> from[at_once][RowTiles];
         typename Block::template EachLane<bool> arrived;
         do {
@@ -407,9 +411,9 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
                 const bool row_is_there = row_begin + n * kTileRows + lane / 4 < run.layer.flow.batch;
 #pragma unroll
                 for (int k = 0; k < loads; ++k) {
-                  const int64_t depth = (begin + g) * fragment + k * kLoadedTogether;
+                  const int depth = (begin + g) * fragment + k * kLoadedTogether;
                   const bool present = row_is_there && begin + g < end && first * fragment + depth < written;
-                  from[g][n][lane].part[k] = block.load(source[lane] + n * kTileRows * run.depth + depth, present, tag);
+                  from[g][n][lane].part[k] = block.load(source[lane] + n * tile_stride + depth, present, tag);
                 }
               }
             }
@@ -446,7 +450,7 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
           }
         }
       };
-      const int64_t wanted = step == 0 && run.starts_with_zeros ? 0 : count;
+      const int wanted = step == 0 && run.starts_with_zeros ? 0 : count;
 #pragma unroll
       for (int begin = 0; begin < held; begin += at_once) {
         if (begin < wanted) {
@@ -455,7 +459,7 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
           });
         }
       }
-      for (int64_t begin = held; begin < wanted; begin += at_once) {
+      for (int begin = held; begin < wanted; begin += at_once) {
         add_products(begin, wanted, [&](int g, int tile) {
           typename Block::template EachLane<WeightWords> weight;
           const Words* const both = spare_of(warp, begin + g - held, tile);

@@ -42,7 +42,7 @@ PYRNNFAST_HD constexpr int depth_of_fragment(int element_bytes) { return 64 / el
 PYRNNFAST_HD constexpr int held_fragments(int weight_tiles, int row_tiles) {
   if (weight_tiles == 1) return row_tiles == 4 ? 6 : 12;
   if (row_tiles == 4) return weight_tiles == 4 ? 0 : 2;
-  return weight_tiles == 4 && row_tiles == 2 ? 3 : 4;
+  return weight_tiles == 4 && row_tiles == 2 ? 2 : 4;
 }
 
 struct Plan {

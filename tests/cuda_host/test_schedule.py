@@ -1,8 +1,8 @@
 """The order in which the blocks of a persistent launch meet makes no difference; and these tests would see if it did.
 
-Delays are put in at random around everything that blocks wait for or hand over. The schedule is right if no seed changes
-a bit or ends in a deadlock, and if ThreadSanitizer sees nothing shared but atomic words. That such a test can fail is
-shown by faults put into a copy of the sources.
+Delays are put in at random around everything that blocks wait for or hand over. The schedule is right if no seed
+changes a bit or ends in a deadlock, and if ThreadSanitizer sees nothing shared but atomic words. That such a test can
+fail is shown by faults put into a copy of the sources.
 """
 
 import os
