@@ -32,20 +32,21 @@ class Call(NamedTuple):
     """With the lengths, and resets, in tensors on the device; else packed."""
 
 
-# Odd sizes, so that every edge of a tile is one; a batch of more than one tile; both directions; sequences that end.
+# Odd sizes, so that every edge of a tile is one, and cuBLAS does not take those of its kernels that write by the copy
+# engine, which racecheck dies of; a batch of more than one tile; both directions; sequences that end.
 STEP = (
     Call(5, 7, (3, 3, 3)),
     Call(3, 33, (3, 1, 2), bidirectional=True),
-    Call(16, 16, (2,) * 17, training=False),
+    Call(15, 15, (2,) * 17, training=False),
     Call(3, 9, (0, 3, 2), bidirectional=True, padded=True),
 )
 # Several blocks that wait for each other, over more steps than there are buffers.
 PERSISTENT = (
-    Call(24, 64, (5,) * 3),
-    Call(24, 72, (4, 2, 2, 1), bidirectional=True),
-    Call(16, 128, (3,) * 20),
-    Call(24, 64, (3,) * 2, training=False),
-    Call(24, 40, (0, 4, 2, 1), bidirectional=True, padded=True),
+    Call(23, 63, (5,) * 3),
+    Call(23, 71, (4, 2, 2, 1), bidirectional=True),
+    Call(15, 127, (3,) * 20),
+    Call(23, 63, (3,) * 2, training=False),
+    Call(23, 39, (0, 4, 2, 1), bidirectional=True, padded=True),
 )
 _EVERYTHING = {"step": STEP, "persistent": PERSISTENT}
 
