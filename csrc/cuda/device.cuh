@@ -67,24 +67,18 @@ struct DeviceBlock {
 
   __device__ void meet() { __syncthreads(); }
 
-  // Words of other blocks, as they are at this moment; where there are none, zeros with that tag. Predicated, not
-  // branched around, so that several are under way at once.
-  __device__ Words load(const uint32_t* from, bool present, uint32_t tag) {
-    Words w;
+  // Words of other blocks, as they are at this moment, where they are wanted. Predicated, not branched around, so that
+  // several are under way at once.
+  __device__ void load(Words& to, const uint32_t* from, bool wanted) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.s32 p, %5, 0;\n"
-        "mov.u32 %0, %6;\n"
-        "mov.u32 %1, %6;\n"
-        "mov.u32 %2, %6;\n"
-        "mov.u32 %3, %6;\n"
         "@p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
         "}"
-        : "=&r"(w.word[0]), "=&r"(w.word[1]), "=&r"(w.word[2]), "=&r"(w.word[3])
-        : "l"(from), "r"(static_cast<int>(present)), "r"(tag)
+        : "+r"(to.word[0]), "+r"(to.word[1]), "+r"(to.word[2]), "+r"(to.word[3])
+        : "l"(from), "r"(static_cast<int>(wanted))
         : "memory");
-    return w;
   }
 
   __device__ bool all(Each<bool>& each) { return __all_sync(0xffffffffu, each.value); }
@@ -132,7 +126,12 @@ struct Runs {
 template <class Tail, int RowTiles>
 __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(const __grid_constant__ Runs<typename Tail::Run> runs) {
   DeviceBlock block;
-  sweep<Tail, RowTiles>(runs.run[blockIdx.z], block, blockIdx.x, blockIdx.y);
+  // Not by index: what then is a constant of the launch would have to be loaded, which the steps of a recurrence feel.
+  if (blockIdx.z == 0) {
+    sweep<Tail, RowTiles>(runs.run[0], block, blockIdx.x, blockIdx.y);
+  } else {
+    sweep<Tail, RowTiles>(runs.run[1], block, blockIdx.x, blockIdx.y);
+  }
 }
 
 class DeviceMachine {

@@ -72,11 +72,8 @@ class HostBlock {
 
   void meet() { pause(); }
 
-  // Zeros with that tag where there is nothing.
-  Words load(const uint32_t* from, bool present, uint32_t tag) {
-    Words words{{tag, tag, tag, tag}};
-    for (int i = 0; i < 4 && present; ++i) words.word[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
-    return words;
+  void load(Words& to, const uint32_t* from, bool wanted) {
+    for (int i = 0; i < 4 && wanted; ++i) to.word[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
   }
 
   bool all(EachLane<bool>& each) {

@@ -35,6 +35,14 @@ struct Words {
   uint32_t word[4];
 };
 
+// Whether all of them are of the step.
+template <class E>
+PYRNNFAST_HD bool are_of(const Words& words, uint32_t tag) {
+  const uint32_t one = (words.word[0] ^ tag) | (words.word[1] ^ tag),
+                 other = (words.word[2] ^ tag) | (words.word[3] ^ tag);
+  return Tagged<E>::tag_of(one | other) == 0;
+}
+
 // Words of the exchange that a lane loads for a fragment.
 constexpr int kLoadWords = 4, kLoadedTogether = 4 * kLoadWords;
 template <class E>
@@ -79,7 +87,7 @@ struct SweepRun {
 
   PYRNNFAST_HD int64_t time(const Flow& flow, int64_t step) const { return descending ? flow.steps - 1 - step : step; }
   PYRNNFAST_HD uint32_t* exchange_row(int64_t step, int64_t row) const {
-    return exchange + ((step % 2) * exchange_rows + row) * depth;
+    return exchange + ((step & 1) * exchange_rows + row) * depth;
   }
 };
 
@@ -293,13 +301,9 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
   struct Fragments {
     typename Block::template EachLane<WeightWords> tile[held > 0 ? held : 1][weight_tiles];
   };
-  struct Element {
-    typename Tail::Element element;
-    float product[weight_tiles];
-  };
   struct Elements {
     typename Tail::OfUnit of_unit;
-    Element element[elements];
+    typename Tail::Element element[elements];
   };
   typename Block::template EachWarp<Fragments> weights;
   typename Block::template EachThread<Elements> threads;
@@ -373,16 +377,15 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
       }
     });
   });
-  each_place([&](auto& own, auto& e, int, int, int64_t row,
-                 int64_t unit) { Tail::begin(run, own.of_unit, e.element, row, unit); },
-             [&](int64_t row, int64_t unit) {
-               if (run.first == 0 && !run.starts_with_zeros) Tail::blank(run, 0, row, unit);
-             });
+  each_place(
+      [&](auto& own, auto& e, int, int, int64_t row, int64_t unit) { Tail::begin(run, own.of_unit, e, row, unit); },
+      [&](int64_t row, int64_t unit) {
+        if (run.first == 0 && !run.starts_with_zeros) Tail::blank(run, 0, row, unit);
+      });
 
   const int64_t last = run.last_sweep_step();
   for (int64_t step = run.first; step < last; ++step) {
-    each_element(
-        [&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::fetch(run, step, e.element, row, unit); });
+    each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::fetch(run, step, e, row, unit); });
     block.each_warp([&](int warp) {
       const int first = begin_of(warp), count = begin_of(warp + 1) - first;
       typename Block::template EachLane<Sums4> sum[chains][weight_tiles][RowTiles];
@@ -398,10 +401,19 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
         source[lane] = run.exchange_row(step, row_begin + lane / 4) + first * fragment + lane % 4 * kLoadWords;
       });
       // Fragments [begin, begin + at_once), as far as they are before `end`. All loads are under way before the first
-      // is looked at, and all are made again where one was too early.
+      // is looked at; those that were too early are made again. What nobody writes is zeros of the step.
       const auto add_products = [&](int begin, int end, const auto& weight_of) {
         typename Block::template EachLane<Loaded<E>> from[at_once][RowTiles];
         typename Block::template EachLane<bool> arrived;
+        block.each_lane([&](int lane) {
+#pragma unroll
+          for (int i = 0; i < at_once * RowTiles * loads * kLoadWords; ++i) {
+            from[i / (RowTiles * loads * kLoadWords)][i / (loads * kLoadWords) % RowTiles][lane]
+                .part[i / kLoadWords % loads]
+                .word[i % kLoadWords] = tag;
+          }
+        });
+        bool again = false;
         do {
           block.each_lane([&](int lane) {
 #pragma unroll
@@ -412,24 +424,23 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
 #pragma unroll
                 for (int k = 0; k < loads; ++k) {
                   const int depth = (begin + g) * fragment + k * kLoadedTogether;
+                  Words& part = from[g][n][lane].part[k];
                   const bool present = row_is_there && begin + g < end && first * fragment + depth < written;
-                  from[g][n][lane].part[k] = block.load(source[lane] + n * tile_stride + depth, present, tag);
+                  block.load(part, source[lane] + n * tile_stride + depth,
+                             present && (!again || !are_of<E>(part, tag)));
                 }
               }
             }
           });
           block.each_lane([&](int lane) {
-            uint32_t other = 0;
+            bool all = true;
 #pragma unroll
-            for (int g = 0; g < at_once; ++g) {
-#pragma unroll
-              for (int n = 0; n < RowTiles; ++n) {
-#pragma unroll
-                for (int i = 0; i < loads * kLoadWords; ++i) other |= from[g][n][lane].word(i) ^ tag;
-              }
+            for (int i = 0; i < at_once * RowTiles * loads; ++i) {
+              all &= are_of<E>(from[i / (RowTiles * loads)][i / loads % RowTiles][lane].part[i % loads], tag);
             }
-            arrived[lane] = Tagged<E>::tag_of(other) == 0;
+            arrived[lane] = all;
           });
+          again = true;
         } while (!block.all(arrived));
 #pragma unroll
         for (int g = 0; g < at_once; ++g) {
@@ -486,25 +497,25 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
       });
     });
     block.meet();
-    each_element([&](auto&, auto& e, int own_row, int own_unit, int64_t, int64_t) {
+    each_place(
+        [&](auto& own, auto& e, int own_row, int own_unit, int64_t row, int64_t unit) {
+          float product[weight_tiles];
 #pragma unroll
-      for (int tile = 0; tile < weight_tiles; ++tile) {
-        float total = 0;
+          for (int tile = 0; tile < weight_tiles; ++tile) {
+            product[tile] = 0;
 #pragma unroll
-        for (int warp = 0; warp < kWarps; ++warp) {
-          total += sums[(warp * rows + own_row) * sum_stride + tile * kUnits + own_unit];
-        }
-        e.product[tile] = total;
-      }
-    });
+            for (int warp = 0; warp < kWarps; ++warp) {
+              product[tile] += sums[(warp * rows + own_row) * sum_stride + tile * kUnits + own_unit];
+            }
+          }
+          Tail::finish(run, step, own.of_unit, e, row, unit, product);
+        },
+        [&](int64_t row, int64_t unit) { Tail::blank(run, step + 1, row, unit); });
     // The next step's sums come in the place of these.
     block.meet();
-    each_place([&](auto& own, auto& e, int, int, int64_t row,
-                   int64_t unit) { Tail::finish(run, step, own.of_unit, e.element, row, unit, e.product); },
-               [&](int64_t row, int64_t unit) { Tail::blank(run, step + 1, row, unit); });
-    each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::store(run, e.element, row, unit); });
+    each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::store(run, e, row, unit); });
   }
-  each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::end(run, e.element, row, unit); });
+  each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::end(run, e, row, unit); });
 }
 
 }  // namespace
