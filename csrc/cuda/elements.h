@@ -2,6 +2,8 @@
 // tests, a loop on the host. Each is given a row and a column.
 #pragma once
 
+#include <utility>
+
 #include "../cells.h"
 #include "numbers.h"
 
@@ -296,6 +298,42 @@ struct Copy {
     A value = from.present() ? A(widened(from(row, column))) : A(0);
     if (more.present()) value = value + A(widened(more(row, column)));
     to(row, column) = Rounded<To>::from(value);
+  }
+};
+
+// Which gate gradient goes with a gate of W_hh.
+template <class Cell, int Gate>
+struct RecurrentDgate {
+  static constexpr int find() {
+    int gate = Gate, k = 0;
+    while (gate >= Cell::segment[k].length) gate -= Cell::segment[k++].length;
+    return Cell::segment[k].begin + gate;
+  }
+  static constexpr int value = find();
+};
+
+// The gradients of both biases, from sums of gate gradients by group of sequences: [groups, dgates · H].
+template <class Cell, class E>
+struct BiasGradients {
+  using A = Accumulator<E>;
+  const A* sums;
+  int64_t groups, hidden;
+  E *ih, *hh;  // null: not wanted
+
+  PYRNNFAST_HD A sum(int64_t column) const {
+    A total = 0;
+    for (int64_t group = 0; group < groups; ++group) total += sums[group * Cell::dgates * hidden + column];
+    return total;
+  }
+  PYRNNFAST_HD void operator()(int64_t, int64_t column) const {
+    if (ih != nullptr) ih[column] = Rounded<E>::from(sum(column));
+    if (hh == nullptr) return;
+    const int64_t dgate = recurrent(column / hidden, std::make_integer_sequence<int, Cell::gates>{});
+    hh[column] = Rounded<E>::from(sum(dgate * hidden + column % hidden));
+  }
+  template <int... Gate>
+  PYRNNFAST_HD static int64_t recurrent(int64_t gate, std::integer_sequence<int, Gate...>) {
+    return ((gate == Gate ? RecurrentDgate<Cell, Gate>::value : 0) + ...);
   }
 };
 

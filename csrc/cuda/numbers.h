@@ -82,6 +82,9 @@ struct Rounded {
 template <>
 struct Rounded<Bfloat16> {
   PYRNNFAST_HD static Bfloat16 from(float value) {
+#if defined(__CUDA_ARCH__)
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#endif
     const auto bits = same_bits<uint32_t>(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};  // NaN
     return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};

@@ -111,11 +111,11 @@ struct Direction {
     run.first = s.first;
     run.last = s.last;
     run.descending = descending();
-    run.unit_blocks = plan.unit_blocks;
-    run.depth = plan.depth;
-    run.exchange_rows = padded_rows();
+    run.unit_blocks = static_cast<int>(plan.unit_blocks);
+    run.depth = static_cast<int>(plan.depth);
+    run.half = static_cast<int>(padded_rows() * plan.depth);
     run.exchange = exchange;
-    run.spare_fragments = plan.spare_fragments;
+    run.spare_fragments = static_cast<int>(plan.spare_fragments);
   }
 };
 
@@ -213,8 +213,9 @@ struct BackwardPass : Direction<Backward, true> {
   View<A> product;    // of a step's gate gradients and W_hh
   View<A> dh, carry;  // of the sequences that have had their first step; the LSTM's ∂L/∂c, or what adds to the GRU's dh
   View<E> dgates, h_prev_rows;
-  View<E> x_rows;  // x without what stands in padding, which may be NaN
-  E* ones = nullptr;
+  View<E> x_rows;               // x without what stands in padding, which may be NaN
+  E* ones = nullptr;            // by steps, and
+  A* sums_of_dgates = nullptr;  // persistent: for the biases' gradients
   // The gradients of weights, where they cannot be summed up in the place of the results.
   View<A> sum_weight_ih, sum_weight_hh, sum_bias_ih, sum_bias_hh;
 
@@ -227,12 +228,14 @@ struct BackwardPass : Direction<Backward, true> {
     if (p.dgates.data == nullptr) dgates = {arena.take<E>(rows * Cell::dgates * H), Cell::dgates * H};
     if (p.dweight_hh.data != nullptr) h_prev_rows = {arena.take<E>(rows * H), H};
     if (p.dweight_ih.data != nullptr && p.lengths != nullptr) x_rows = {arena.take<E>(rows * p.inputs), p.inputs};
-    if (p.dbias_ih.data != nullptr || p.dbias_hh.data != nullptr) ones = arena.take<E>(rows);
+    const bool biases = p.dbias_ih.data != nullptr || p.dbias_hh.data != nullptr;
+    if (biases && plan.persistent) sums_of_dgates = arena.take<A>(plan.row_groups * Cell::dgates * H);
+    if (biases && !plan.persistent) ones = arena.take<E>(rows);
     if (!sums_in_place()) {
       if (p.dweight_ih.data != nullptr) sum_weight_ih = {arena.take<A>(GH * p.inputs), p.inputs};
       if (p.dweight_hh.data != nullptr) sum_weight_hh = {arena.take<A>(GH * H), H};
-      if (p.dbias_ih.data != nullptr) sum_bias_ih = {arena.take<A>(GH), GH};
-      if (p.dbias_hh.data != nullptr) sum_bias_hh = {arena.take<A>(GH), GH};
+      if (ones != nullptr && p.dbias_ih.data != nullptr) sum_bias_ih = {arena.take<A>(GH), GH};
+      if (ones != nullptr && p.dbias_hh.data != nullptr) sum_bias_hh = {arena.take<A>(GH), GH};
     }
     take_common(arena);
   }
@@ -322,6 +325,7 @@ struct BackwardPass : Direction<Backward, true> {
     run.dh = dh;
     run.carry = carry;
     run.states = wants_states();
+    run.sums = sums_of_dgates;
     run.starts_with_zeros = true;
     return run;
   }
@@ -346,6 +350,7 @@ struct BackwardPass : Direction<Backward, true> {
     }
     sum(m, count, left, all, x.data, x.stride, p.inputs, p.dweight_ih, sum_weight_ih, add, tf32);
     sum(m, count, left, Cell::segment, h_prev_rows.data, h_prev_rows.stride, H, p.dweight_hh, sum_weight_hh, add, tf32);
+    if (ones == nullptr) return;
     // The sums of columns, not rounded to TF32.
     sum_columns(m, count, left, all, p.dbias_ih, sum_bias_ih, add);
     sum_columns(m, count, left, Cell::segment, p.dbias_hh, sum_bias_hh, add);
@@ -359,10 +364,16 @@ struct BackwardPass : Direction<Backward, true> {
       }
       if (p.dc0.data != nullptr) m.each(p.batch, p.hidden, Copy<E, A>{view<E>(p.dc0), carry, {}});
     }
-    if (sums_in_place()) return;
     const int64_t GH = Cell::gates * p.hidden;
+    if (sums_of_dgates != nullptr) {
+      m.each(1, GH,
+             BiasGradients<Cell, E>{sums_of_dgates, plan.row_groups, p.hidden, static_cast<E*>(p.dbias_ih.data),
+                                    static_cast<E*>(p.dbias_hh.data)});
+    }
+    if (sums_in_place()) return;
     round_sums(m, GH, p.inputs, p.dweight_ih, sum_weight_ih);
     round_sums(m, GH, p.hidden, p.dweight_hh, sum_weight_hh);
+    if (ones == nullptr) return;
     round_sums(m, 1, GH, p.dbias_ih, sum_bias_ih);
     round_sums(m, 1, GH, p.dbias_hh, sum_bias_hh);
   }

@@ -80,14 +80,15 @@ template <class E>
 struct SweepRun {
   int64_t first, last;  // steps, in the order of the pass
   bool descending;      // whether time goes down
-  int64_t unit_blocks, depth, exchange_rows, spare_fragments;
-  bool starts_with_zeros;  // the exchange of step 0 is not to be read
-  uint32_t* exchange;      // [2, exchange_rows, depth], zeros before the first step
+  // In 32 bits, as all of them are on the chip, and 64 take longer.
+  int unit_blocks, depth, half, spare_fragments;  // half: words of one exchange
+  bool starts_with_zeros;                         // the exchange of step 0 is not to be read
+  uint32_t* exchange;                             // [2, rows, depth], zeros before the first step
   View<E> weights;
 
   PYRNNFAST_HD int64_t time(const Flow& flow, int64_t step) const { return descending ? flow.steps - 1 - step : step; }
   PYRNNFAST_HD uint32_t* exchange_row(int64_t step, int64_t row) const {
-    return exchange + ((step & 1) * exchange_rows + row) * depth;
+    return exchange + ((static_cast<int>(step) & 1) * half + static_cast<int>(row) * depth);
   }
 };
 
@@ -107,6 +108,7 @@ struct ForwardTail {
   static constexpr bool served = sizeof(A) == sizeof(float);
   static constexpr int weight_tiles = Cell::gates;
   static constexpr int gates_of_exchange = 1;
+  static constexpr int summed = 0;
 
   struct Run : SweepRun<E> {
     ForwardLayer<Cell, E> layer;
@@ -182,17 +184,6 @@ struct ForwardTail {
   }
 };
 
-// Which gate gradient goes with a gate of W_hh.
-template <class Cell, int Gate>
-struct RecurrentDgate {
-  static constexpr int find() {
-    int gate = Gate, k = 0;
-    while (gate >= Cell::segment[k].length) gate -= Cell::segment[k++].length;
-    return Cell::segment[k].begin + gate;
-  }
-  static constexpr int value = find();
-};
-
 template <class Cell, class E>
 struct BackwardTail {
   using A = Accumulator<E>;
@@ -200,6 +191,7 @@ struct BackwardTail {
   static constexpr bool served = sizeof(A) == sizeof(float);
   static constexpr int weight_tiles = 1;
   static constexpr int gates_of_exchange = Cell::gates;
+  static constexpr int summed = Cell::dgates;  // over time and sequences: the gradients of the biases
 
   struct Run : SweepRun<E> {
     BackwardLayer<Cell, E> layer;
@@ -207,6 +199,7 @@ struct BackwardTail {
     View<E> dh0, dc0;            // out; absent where nobody wants them
     View<A> dh, carry;           // between chunks
     bool states;                 // whether anybody wants the gradients of the initial states
+    A* sums;                     // [row groups, dgates · H] of gate gradients; null where nobody wants them
 
     // One more product than there are steps gives ∂L/∂h0.
     PYRNNFAST_HD int64_t last_sweep_step() const {
@@ -219,6 +212,7 @@ struct BackwardTail {
   struct Element {
     A carry, product;
     A dh;  // ∂L/∂h0, but for what the carry adds
+    A sum[summed];
     typename BackwardLayer<Cell, E>::Ahead ahead;
     StepBackward<A> step;
   };
@@ -266,6 +260,7 @@ struct BackwardTail {
 
   PYRNNFAST_HD static void store(const Run& run, Element& e, int64_t, int64_t unit) {
     if (!e.ahead.here && e.ahead.from_later) e.dh = e.ahead.passed_on ? e.product : A(0);
+    for (int k = 0; k < summed; ++k) e.sum[k] += e.step.dgates[k];
     run.layer.store(e.ahead, unit, e.step);
   }
 
@@ -312,15 +307,15 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
   // [warp, row, sum_stride]
   float* const sums = reinterpret_cast<float*>(spare + kWarps * run.spare_fragments * weight_tiles * 2 * kLanes);
   const auto spare_of = [&](int warp, int64_t index, int tile) {
-    return spare + ((warp * static_cast<int>(run.spare_fragments) + index) * weight_tiles + tile) * 2 * kLanes;
+    return spare + ((warp * run.spare_fragments + index) * weight_tiles + tile) * 2 * kLanes;
   };
 
   const int64_t row_begin = group * rows;
-  const int fragments = static_cast<int>(run.depth) / fragment;
+  const int fragments = run.depth / fragment;
   const auto begin_of = [&](int warp) { return fragments * warp / kWarps; };
   // The depth that some block writes; what is beyond fills a fragment.
-  const int written = static_cast<int>(run.unit_blocks) * kUnits * Tail::gates_of_exchange;
-  const int tile_stride = kTileRows * static_cast<int>(run.depth);
+  const int written = run.unit_blocks * kUnits * Tail::gates_of_exchange;
+  const int tile_stride = kTileRows * run.depth;
 
   static_assert(kThreads % kUnits == 0, "all elements of a thread are of one unit");
   // The elements of a thread: (row of the batch, unit), where there is such; `other` of units that are none.
@@ -377,6 +372,13 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
       }
     });
   });
+  if constexpr (Tail::summed > 0) {
+    block.each_thread([&](int thread) {
+#pragma unroll
+      for (int i = 0; i < elements * Tail::summed; ++i)
+        threads[thread].element[i / Tail::summed].sum[i % Tail::summed] = 0;
+    });
+  }
   each_place(
       [&](auto& own, auto& e, int, int, int64_t row, int64_t unit) { Tail::begin(run, own.of_unit, e, row, unit); },
       [&](int64_t row, int64_t unit) {
@@ -516,6 +518,31 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
     each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::store(run, e, row, unit); });
   }
   each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::end(run, e, row, unit); });
+  if constexpr (Tail::summed > 0) {
+    if (run.sums == nullptr) return;
+    // Over the threads of a unit, always in the same order. The others have left the memory, as they met behind it.
+    block.each_thread([&](int thread) {
+#pragma unroll
+      for (int k = 0; k < Tail::summed; ++k) {
+        float total = 0;
+#pragma unroll
+        for (int i = 0; i < elements; ++i) total += threads[thread].element[i].sum[k];
+        sums[(thread / kUnits * Tail::summed + k) * kUnits + thread % kUnits] = total;
+      }
+    });
+    block.meet();
+    block.each_thread([&](int thread) {
+      const int k = thread / kUnits;
+      const int64_t unit = unit_block * kUnits + thread % kUnits;
+      if (k >= Tail::summed || unit >= run.layer.hidden) return;
+      float* const to = run.sums + (group * Tail::summed + k) * run.layer.hidden + unit;
+      float total = run.first > 0 ? *to : 0;
+      for (int other = 0; other < kThreads / kUnits; ++other) {
+        total += sums[(other * Tail::summed + k) * kUnits + thread % kUnits];
+      }
+      *to = total;
+    });
+  }
 }
 
 }  // namespace
