@@ -234,8 +234,8 @@ struct BackwardPass : Direction<Backward, true> {
     if (!sums_in_place()) {
       if (p.dweight_ih.data != nullptr) sum_weight_ih = {arena.take<A>(GH * p.inputs), p.inputs};
       if (p.dweight_hh.data != nullptr) sum_weight_hh = {arena.take<A>(GH * H), H};
-      if (ones != nullptr && p.dbias_ih.data != nullptr) sum_bias_ih = {arena.take<A>(GH), GH};
-      if (ones != nullptr && p.dbias_hh.data != nullptr) sum_bias_hh = {arena.take<A>(GH), GH};
+      if (!plan.persistent && p.dbias_ih.data != nullptr) sum_bias_ih = {arena.take<A>(GH), GH};
+      if (!plan.persistent && p.dbias_hh.data != nullptr) sum_bias_hh = {arena.take<A>(GH), GH};
     }
     take_common(arena);
   }
