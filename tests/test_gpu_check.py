@@ -676,7 +676,7 @@ def test_a_path_that_is_not_taken_is_not_timed() -> None:
 def test_rows_that_differ_are_not_timed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     one = torch.arange(3.0)
     calls = {"torch": lambda: [one] * 3, "fused": lambda: [one, one * factor, one], "persistent": lambda: [one] * 3}
-    monkeypatch.setattr(bench, "sides", lambda row, paths: calls)
+    monkeypatch.setattr(bench, "sides", lambda row, paths, every: calls)
     monkeypatch.setattr(bench, "turn_by_turn", lambda calls, seconds: timing.Times(dict.fromkeys(calls, 2.0), rounds=5))
     row = Row("lstm", "inference", (2, 1, 3, 3), "bfloat16")
     entries, wrong = bench.run_row(row, ["step", "persistent"], 0.1, FIGURES._replace(handoff=None))

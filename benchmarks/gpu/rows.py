@@ -111,9 +111,10 @@ def table(cells: Collection[str] = tuple(CELLS), kinds: Collection[str] = tuple(
     yield from rows(_SHORT)
     yield from rows(_shapes([128], [16], [512]), bidirectional=True)
     yield from rows(_shapes([128], [16], [256]), layers=2, bidirectional=True, packed=True)
-    yield from rows(_LONG)
+    yield from rows(_LONG, ("bf16", "fp16", "tf32"))
     yield from rows(_LARGE)
     yield from rows(_shapes([128], [16], [256]), ["fp64"])
+    yield from rows(_LONG, ["fp32"])
 
 
 @contextlib.contextmanager
@@ -193,10 +194,13 @@ def forced(path: str, call: Step) -> Step:
     return run
 
 
-def sides(row: Row, paths: Sequence[str], device: str = "cuda") -> dict[str, Step]:
+def sides(row: Row, paths: Sequence[str], device: str = "cuda", every: bool = True) -> dict[str, Step]:
     """What to time turn by turn: ``torch``, and ours by the name of the path that it takes when each is asked for.
 
     A path that the row would not take, there being no plan for it, is left out.
+
+    Args:
+        every: all of these paths, else the first that the row takes
     """
     stock, ours = module(row, False, device), module(row, True, device)
     x = input_of(row, next(stock.parameters()))
@@ -207,4 +211,6 @@ def sides(row: Row, paths: Sequence[str], device: str = "cuda") -> dict[str, Ste
             taken = pyrnnfast.explain(ours, x, **extras).path
         if taken == PATHS[path]:
             result[taken] = forced(path, call)
+            if not every:
+                break
     return result

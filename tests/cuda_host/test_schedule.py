@@ -33,7 +33,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "no_wait": ("persistent.h", _LOADED, "while (block.all(arrived), false);"),
     "waits_for_no_step_in_particular": ("numbers.h", _TAGGED, "static_cast<uint32_t>(step > 0) + 1"),
     "looks_at_one_of_several": ("persistent.h", "(one | other)", "(words.word[0] ^ tag)"),
-    "one_exchange": ("persistent.h", "exchange + ((step & 1) * exchange_rows + row) * depth", "exchange + row * depth"),
+    "one_exchange": ("persistent.h", "(static_cast<int>(step) & 1) * half", "0 * half"),
 }
 DEADLOCKS: dict[str, tuple[str, str, str]] = {
     "waits_for_the_step_after": (
