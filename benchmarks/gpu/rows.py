@@ -89,6 +89,7 @@ def _shapes(steps: Sequence[int], batches: Sequence[int], hidden: Sequence[int])
 
 _FIRST = _shapes([128], [16, 64], [512])
 _SHORT = [s for s in _shapes([128], [1, 16, 64, 128], [256, 512, 1024]) if s not in _FIRST]
+_BETWEEN = _shapes([128], [1, 16, 64, 128], [768])
 _LONG = _shapes([1024], [16, 1, 64, 128], [256, 512, 1024])
 _LARGE = _shapes([128], [16, 128], [2048])
 
@@ -113,6 +114,7 @@ def table(cells: Collection[str] = tuple(CELLS), kinds: Collection[str] = tuple(
     yield from rows(_shapes([128], [16], [256]), layers=2, bidirectional=True, packed=True)
     yield from rows(_LONG, ("bf16", "fp16", "tf32"))
     yield from rows(_LARGE)
+    yield from rows(_BETWEEN)
     yield from rows(_shapes([128], [16], [256]), ["fp64"])
     yield from rows(_LONG, ["fp32"])
 
