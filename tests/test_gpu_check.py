@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import bench, check, choices, limits, place, record, rows, sanitizer, tests, timing
+from benchmarks.gpu import bench, check, choices, limits, place, record, report, rows, sanitizer, tests, timing
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.sanitizer import NoSummary
 from pyrnnfast import choices as table_of_choices
@@ -816,3 +816,23 @@ def test_a_refused_record_leaves_the_table_alone(tmp_path: Path, capsys: pytest.
 def test_a_record_of_no_commit_is_refused() -> None:
     with pytest.raises(choices.Refused, match="no commit"):
         chosen(entry("fused", 1.0), commit=None)
+
+
+# For people ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_a_record() -> None:
+    text = report.table(made())
+    # Of the two paths of the row, the faster one.
+    assert text.splitlines()[2:] == ["| bfloat16, one launch | 1 | 2.00 | 2.00 | 2.00 | none |"]
+    slower = made(lambda stages: stages["benchmark"]["rows"].__setitem__(1, entry("persistent", 4.0)))
+    assert "| bfloat16, by steps | 1 | 0.67 | 0.67 | 0.67 | 1 |" in report.table(slower)
+
+
+def test_the_picture_of_a_record(tmp_path: Path) -> None:
+    report.draw(made(), tmp_path / "record.png")
+    assert (tmp_path / "record.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_in_the_readme_is_of_the_record() -> None:
+    assert report.table(record.load(record.location("h200"))) in (ROOT / "README.md").read_text()
