@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import bench, check, choices, limits, place, record, report, rows, sanitizer, tests, timing
+from benchmarks.gpu import bench, check, choices, limits, place, profile, record, report, rows, sanitizer, tests, timing
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.sanitizer import NoSummary
 from pyrnnfast import choices as table_of_choices
@@ -464,6 +464,29 @@ def test_a_test_file_that_dies_is_told(tmp_path: Path, logs: Path, monkeypatch: 
 
 # compute-sanitizer ---------------------------------------------------------------------------------------------------
 
+
+def test_what_each_tool_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runs: dict[str, tuple[list[str], Any]] = {}
+
+    def run(command: list[str], name: str, limit: float, more: Any = None) -> place.Finished:
+        runs[name] = command, more
+        log = tmp_path / name
+        log.write_text((CLEAN_RACES if "racecheck" in name else CLEAN).format('{"fused": 1, "persistent": 1}'))
+        return place.Finished(0, 1.0, log)
+
+    monkeypatch.setattr(place, "run", run)
+    monkeypatch.setattr(place, "tool", lambda name: name)
+    found = sanitizer.run()
+    assert found["sanitizer_errors"] == dict.fromkeys(record.TOOLS, 0)
+    for tool in record.TOOLS:
+        command, more = runs[tool]
+        initcheck = tool == "initcheck"
+        assert ("--poison" in command) is initcheck
+        assert ("CUDA_LAUNCH_BLOCKING" in more) is initcheck
+        assert more["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        assert found["problems"][tool][0].startswith(f"{tool} does not find a planted mistake")
+
+
 CLEAN = "========= COMPUTE-SANITIZER\n{}\n========= ERROR SUMMARY: 0 errors\n"
 CLEAN_RACES = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
 MEMORY = """========= COMPUTE-SANITIZER
@@ -836,3 +859,20 @@ def test_the_picture_of_a_record(tmp_path: Path) -> None:
 
 def test_the_table_in_the_readme_is_of_the_record() -> None:
     assert report.table(record.load(record.location("h200"))) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    (
+        (
+            "void pyrnnfast::<unnamed>::sweep_kernel<pyrnnfast::<unnamed>::ForwardTail<Lstm, float>, 1>(R)",
+            "sweep Forward",
+        ),
+        ("void pyrnnfast::<unnamed>::sweep_kernel<BackwardTail<Rnn<(bool)1>, float>, (int)4>(R)", "sweep Backward"),
+        ("void pyrnnfast::<unnamed>::each_element<pyrnnfast::<unnamed>::BiasGradients<Lstm, float>>(T1)", "each Bias"),
+        ("nvjet_hsh_64x8_64x16_1x4_h_bz_NNT", "product"),
+        ("Memset (Device)", "Memset"),
+    ),
+)
+def test_names_of_kernels(kernel: str, name: str) -> None:
+    assert profile._name(kernel).startswith(name)

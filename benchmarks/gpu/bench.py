@@ -51,7 +51,7 @@ def run_row(row: Row, paths: Sequence[str], seconds: float, figures: limits.Figu
     """An entry for every path of ours, and one for every path that is wrong."""
     bound = limits.limit(row, figures)
     with precision(row.tf32), torch.set_grad_enabled(row.mode == "training"):
-        # Where there is a persistent form, the other takes several times as long.
+        # Where there is a persistent form, the other took several times as long on the first card.
         calls = sides(row, paths or ("persistent", "step"), every=bool(paths))
         errors = verify(row, calls)
         right = {path for path, error in errors.items() if error <= tolerance(row)}

@@ -1,8 +1,8 @@
 """Turns the record of a check into the package's table of choices: ``python -m benchmarks.gpu.choices RECORD.json``
 
 pyrnnfast/cuda_choices.json, the format of which pyrnnfast/choices.py tells, then holds what was measured on that card,
-for each row the faster of our paths, in place of what it had of a card of that name. A record of which anything failed,
-that is not whole, or that is of other sources than those here, gives none.
+for each row the faster of our paths that were timed, in place of what it had of a card of that name. A record of which
+anything failed, that is not whole, or that is of other sources than those here, gives none.
 """
 
 import argparse

@@ -24,7 +24,7 @@ _CALLS = 5
 
 def _name(kernel: str) -> str:
     """Short enough to read."""
-    if match := re.search(r"sweep_kernel<.*?(Forward|Backward)Tail.*?, \(int\)(\d)>|(sweep_kernel)", kernel):
+    if match := re.search(r"sweep_kernel<.*?(Forward|Backward)Tail.*>, (?:\(int\))?(\d)>|(sweep_kernel)", kernel):
         return f"sweep {match[1]}, {match[2]} tiles" if match[1] else "sweep"
     if match := re.search(r"each_element<.*?(\w+)<", kernel.replace("pyrnnfast::", "").replace("<unnamed>::", "")):
         return f"each {match[1]}"

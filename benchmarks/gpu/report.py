@@ -49,7 +49,7 @@ _GROUPS: tuple[tuple[str, Callable[[Record], bool]], ...] = (
 
 
 def table(found: Record) -> str:
-    lines = ["| rows | | mean × cuDNN | from | to | slower than cuDNN |", "|---|---|---|---|---|---|"]
+    lines = ["| rows | | geometric mean | from | to | slower than cuDNN |", "|---|---|---|---|---|---|"]
     rows = fastest(found["rows"])
     for name, belongs in _GROUPS:
         ratios = [ratio(row) for row in rows if belongs(row)]

@@ -1,6 +1,7 @@
 """The stage that runs tests/gpu, several processes side by side: most of a test is work of the host.
 
-A kernel that crashes or hangs takes its process with it; the tests that are left then go on in a new one.
+A kernel that crashes takes its process with it, and one that hangs is ended with it after the time that tests/gpu's
+pytest.ini gives a test; the tests that are left then go on in a new one.
 """
 
 import json
@@ -93,7 +94,7 @@ def _shard(name: str, part: int, shards: int, end: float) -> tuple[str, list[str
         # pytest's status is 1 where tests failed, which are counted, and 5 where none are left. Of any other, or where
         # a test has not ended, what is left goes on in a new process, unless that does not come any further.
         ended = not after or json.loads(after.splitlines()[-1])["outcome"] != "begun"
-        if ended and done.status in (0, 1, 5):
+        if done.status == 5 or (ended and done.status in (0, 1)):
             return after, []
         if done.status is None or after == before:
             break
