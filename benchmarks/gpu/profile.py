@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from pyrnnfast import cuda
+
 from .rows import CELLS, KINDS, MODES, Row, Shape, Step, input_of, module, precision, step
 from .timing import milliseconds
 
@@ -75,8 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, action="append", help="default: 512")
     parser.add_argument("--path", default="persistent")
     options = parser.parse_args(arguments)
-    from pyrnnfast import cuda
-
     for hidden, batch, kind, cell, mode in itertools.product(
         options.hidden or [512], options.batch or [16], options.dtype or ["bf16"], options.cell or CELLS, MODES
     ):

@@ -20,7 +20,7 @@ LIMIT = 540.0  # seconds
 SHARDS = {"test_accuracy.py": 8, "test_features.py": 3}
 """Processes for a file, if not one."""
 MOST_PROCESSES = 10
-"""For a part of a file, the first of which were lost."""
+"""One after the other for a part of a file, where tests take theirs with them."""
 ALONE = ("test_streams.py",)
 """Looks at the memory of the whole card, and at who waits for it."""
 NO_OUTCOME = " (no outcome)"

@@ -71,8 +71,9 @@ struct Guard {
 //   load<F>(step, warp, lane, from)         the F fragments of a warp of the state before `step`
 //   store(step, thread, row, unit, h)       the state after it, by the threads of the tail
 //   publish(step)                           by all threads
-template <int M>
-struct Flags {
+// Writers: of a block, each with a flag of its own; one, or every warp of the tail.
+template <int M, int Writers>
+struct FlagsOf {
   static constexpr bool cluster = false;
   static constexpr int element_bytes = 2, buffers = 2;
   const Run& run;
@@ -80,7 +81,7 @@ struct Flags {
   int block;
   int* flags;
   uint16_t* data;
-  __device__ Flags(const Run& r, int group, int b) : run(r), guard{r.error}, block(b) {
+  __device__ FlagsOf(const Run& r, int group, int b) : run(r), guard{r.error}, block(b) {
     flags = r.flags + group * r.blocks * 4 * M;
     data = reinterpret_cast<uint16_t*>(r.exchange + group * r.exchange_bytes);
   }
@@ -89,9 +90,9 @@ struct Flags {
   __device__ uint16_t* at(int step, int row) { return data + ((step % 2) * kRows + row) * run.depth; }
   template <int F>
   __device__ void load(int step, int warp, int lane, uint4 (&from)[F]) {
-    const int first = warp * F * 32 / (16 * M), last = ((warp + 1) * F * 32 - 1) / (16 * M);
+    const int first = warp * F * 32 / (16 * M) * Writers, last = (((warp + 1) * F * 32 - 1) / (16 * M) + 1) * Writers;
     if (step > 0) {
-      for (int i = first + lane; i <= last; i += 32) {
+      for (int i = first + lane; i < last; i += 32) {
         int seen;
         do {
           asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flags + i) : "memory");
@@ -111,46 +112,22 @@ struct Flags {
     at(step + 1, row)[unit] = static_cast<uint16_t>(h);
   }
   __device__ void publish(int step) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flags + block), "r"(step + 1) : "memory");
-    }
-  }
-};
-
-template <int M>
-struct Warps : Flags<M> {
-  __device__ Warps(const Run& r, int group, int b) : Flags<M>(r, group, b) {}
-  template <int F>
-  __device__ void load(int step, int warp, int lane, uint4 (&from)[F]) {
-    constexpr int writers = 4 * M;  // of a block
-    const int first = warp * F * 32 / (16 * M) * writers, last = (((warp + 1) * F * 32 - 1) / (16 * M) + 1) * writers;
-    if (step > 0) {
-      for (int i = first + lane; i < last; i += 32) {
-        int seen;
-        do {
-          asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(this->flags + i) : "memory");
-        } while (seen < step && this->guard.go_on());
-      }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int f = 0; f < F; ++f) {
-      const uint16_t* p = this->at(step, lane / 4) + (warp * F + f) * 32 + lane % 4 * 8;
-      asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(from[f].x), "=r"(from[f].y), "=r"(from[f].z), "=r"(from[f].w)
-                   : "l"(p));
-    }
-  }
-  __device__ void publish(int step) {
     const int warp = threadIdx.x / 32;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0 && warp < 4 * M) {
-      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(this->flags + this->block * 4 * M + warp), "r"(step + 1)
+    if (Writers == 1) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+    if (threadIdx.x % 32 == 0 && warp < Writers) {
+      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flags + block * Writers + warp), "r"(step + 1)
                    : "memory");
     }
   }
 };
+template <int M>
+using Flags = FlagsOf<M, 1>;
+template <int M>
+using Warps = FlagsOf<M, 4 * M>;
 
 template <int M>
 struct Tagged {
