@@ -51,33 +51,27 @@ py::tuple tuple_of(const Arguments& arguments, const std::vector<const char*>& n
   return py::reinterpret_borrow<py::tuple>(arguments[i]);
 }
 
-py::object forward_of_plain(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"types", "cell", "inputs",  "hidden", "dimensions", "batch_first",
-                                                 "x",     "hx",   "weights", "grad",   "threads"};
-  const Arguments arguments("forward_plain", names, args, kwargs);
-  return forward_plain(tuple_of(arguments, names, 0), arguments.text(1), arguments.integer(2), arguments.integer(3),
-                       arguments.integer(4), arguments[5], arguments[6], arguments[7], tuple_of(arguments, names, 8),
-                       arguments[9].ptr() == Py_True, check_threads(arguments.integer(10)));
+// The operands that both roads of plain calls have.
+PlainCall plain_call(const Arguments& arguments, const std::vector<const char*>& names) {
+  return {tuple_of(arguments, names, 0), tuple_of(arguments, names, 1), arguments[2], arguments[3],
+          tuple_of(arguments, names, 4)};
 }
 
-py::object backward_of_plain(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"types",  "cell",     "needs",    "batch_first", "x",
-                                                 "h0",     "c0",       "weights",  "y",           "kept",
-                                                 "grad_y", "grad_h_n", "grad_c_n", "threads"};
+py::object forward_of_plain(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"types",  "form",   "x",  "batch_sizes", "weights",
+                                                 "inputs", "hidden", "hx", "grad",        "threads"};
+  const Arguments arguments("forward_plain", names, args, kwargs);
+  return forward_plain(plain_call(arguments, names), arguments.integer(5), arguments.integer(6), arguments[7],
+                       arguments[8].ptr() == Py_True, check_threads(arguments.integer(9)));
+}
+
+py::tuple backward_of_plain(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"types", "form", "x", "batch_sizes", "weights",  "needs",
+                                                 "h0",    "c0",   "y", "kept",        "upstream", "threads"};
   const Arguments arguments("backward_plain", names, args, kwargs);
-  const PlainBackward operands{tuple_of(arguments, names, 2),
-                               arguments[3].ptr() == Py_True,
-                               arguments[4],
-                               arguments[5],
-                               arguments[6],
-                               tuple_of(arguments, names, 7),
-                               arguments[8],
-                               tuple_of(arguments, names, 9),
-                               arguments[10],
-                               arguments[11],
-                               arguments[12]};
-  return backward_plain(tuple_of(arguments, names, 0), arguments.text(1), operands,
-                        check_threads(arguments.integer(13)));
+  return backward_plain(plain_call(arguments, names), tuple_of(arguments, names, 5), arguments[6], arguments[7],
+                        arguments[8], tuple_of(arguments, names, 9), tuple_of(arguments, names, 10),
+                        check_threads(arguments.integer(11)));
 }
 
 void check_batch_sizes_of(const py::args& args, const py::kwargs& kwargs) {
@@ -167,7 +161,7 @@ PYBIND11_MODULE(_cpu, m) {
   instruction_set_in_use();  // a bad PYRNNFAST_ISA fails here, at import
   m.def("forward", &forward);
   m.def("backward", &backward);
-  m.def("forward_plain", &forward_of_plain, "A plain dense layer, or step; None for whatever is not so plain.");
+  m.def("forward_plain", &forward_of_plain, "A plain stack of layers, or step; None for whatever is not so plain.");
   m.def("backward_plain", &backward_of_plain, "Back through the same.");
   m.def("check_batch_sizes", &check_batch_sizes_of,
         "Raises ValueError unless batch_sizes are those of packed data of so many rows.");

@@ -1,9 +1,13 @@
 // The shortest roads; see plain.h.
 #include "plain.h"
 
+#include <algorithm>
 #include <stdexcept>
+#include <string>
 #include <utility>
+#include <vector>
 
+#include "plain_tensors.h"
 #include "run.h"
 #include "tensor.h"
 
@@ -12,198 +16,258 @@ namespace py = pybind11;
 namespace pyrnnfast {
 namespace {
 
-// like.new_empty(sizes): torch's own allocation, as for any other of its results.
-py::object new_empty_of(py::handle like, const int64_t* sizes, int dimensions) {
-  static PyObject* const name = PyUnicode_InternFromString("new_empty");
-  py::object arguments[3];
-  PyObject* stack[4] = {like.ptr()};
-  for (int i = 0; i < dimensions; ++i) {
-    arguments[i] = py::int_(sizes[i]);
-    stack[i + 1] = arguments[i].ptr();
-  }
-  PyObject* result = PyObject_VectorcallMethod(name, stack, static_cast<size_t>(1 + dimensions), nullptr);
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
+int64_t bytes_of(ElementType type) { return type == ElementType::float64 ? 8 : type == ElementType::float32 ? 4 : 2; }
+
+std::vector<Operand> weights_of_layer(const std::vector<Operand>& all, const Form& form, int64_t layer) {
+  const auto begin = all.begin() + 4 * layer * form.directions;
+  return {begin, begin + 4 * form.directions};
 }
 
-template <class... Sizes>
-py::object new_empty(py::handle like, Sizes... sizes) {
-  const int64_t all[] = {sizes...};
-  return new_empty_of(like, all, static_cast<int>(sizeof...(sizes)));
+// [D, B, H] of a layer out of [layers·D, B, H].
+Operand states_of_layer(Operand o, const Form& form, int64_t layer) {
+  if (!o.present || o.dimensions != 3) return o;
+  o.data = static_cast<char*>(o.data) + layer * form.directions * o.stride[0] * bytes_of(o.type);
+  o.shape[0] = form.directions;
+  return o;
 }
 
-bool requires_grad(py::handle tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("requires_grad");
-  const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name));
-  if (!found) throw py::error_already_set();
-  return found.ptr() == Py_True;
-}
-
-// The columns [first, first + count) of a block of rows.
-Operand columns(const Operand& block, int64_t first, int64_t count) {
+// `rows` rows from row `first` on of a contiguous block, and of their columns those from `column` on.
+Operand part_of(const Operand& block, int64_t first, int64_t rows, int64_t column, int64_t columns) {
   Operand part = block;
-  const int64_t bytes = block.type == ElementType::float64 ? 8 : block.type == ElementType::float32 ? 4 : 2;
-  part.data = static_cast<char*>(block.data) + first * bytes;
-  part.shape[1] = count;
+  part.data = static_cast<char*>(block.data) + (first * block.stride[0] + column) * bytes_of(block.type);
+  part.shape[0] = rows;
+  part.shape[1] = columns;
   return part;
 }
 
-// Gates, and cell states where there are any, in one block of `rows` rows.
-std::vector<Operand> read_kept(const Operand& block, const Widths& w, int64_t hidden) {
-  if (w.saved == 0) return {{}, {}};
-  const int64_t gates = w.saved * hidden;
-  return {columns(block, 0, gates), w.cell ? columns(block, gates, hidden) : Operand{}};
+// Rows from row `first` on of a block, in the shape of `like`.
+Operand rows_like(const Operand& like, const Operand& block, int64_t first) {
+  Operand o = like;
+  o.data = part_of(block, first, 0, 0, 0).data;
+  for (int i = o.dimensions - 1, k = i; i >= 0; --i) o.stride[i] = i == k ? 1 : o.stride[i + 1] * o.shape[i + 1];
+  return o;
 }
-// The columns of that block in units of H; 0: there is none.
-int64_t kept_width(const Widths& w) { return w.saved == 0 ? 0 : w.saved + (w.cell ? 1 : 0); }
 
-const Widths* widths_or_null(const std::string& cell) {
-  try {
-    return &widths_of(check_cell(cell));
-  } catch (const std::invalid_argument&) {
-    return nullptr;
+int64_t rows_of(const Operand& x) { return x.dimensions == 3 ? x.shape[0] * x.shape[1] : x.shape[0]; }
+
+// What both passes of a call have in common: its operands, of all layers.
+struct Stack {
+  Form form;
+  Layout layout = Layout::step;
+  Operand x, h0, c0, batch_sizes, y;
+  std::vector<Operand> weights;
+  // What is kept for backward, with the rows of all layers and directions beneath one another: gates
+  // [layers·D·N, saved·H], with the cell states behind them, [layers·D·N, (saved + 1)·H], or, of narrow data, in a
+  // tensor of their own, whose elements are wider.
+  Operand gates, cells;
+  // Of the lower layers, [slots·N, D·H]: all of them where they are kept, else each layer reads one and writes another.
+  Operand outputs;
+  int64_t slots = 0;
+
+  int64_t rows() const { return rows_of(x); }
+  int64_t hidden() const { return weights[1].shape[1]; }
+  int64_t width() const { return form.directions * hidden(); }
+  bool has_cell() const { return form.widths->cell; }
+  bool cells_apart() const { return has_cell() && x.type == ElementType::bfloat16; }
+  // Of `gates`, in units of H.
+  int64_t kept_columns() const { return form.widths->saved + (has_cell() && !cells_apart() ? 1 : 0); }
+
+  Operand output_of(int64_t layer) const {
+    return layer + 1 == form.layers ? y : rows_like(y, outputs, layer % slots * rows());
   }
-}
 
-// [B, T, ·] as [T, B, ·], whose rows lie in the same order where T or B is 1; whether it does.
-bool exchange_time_and_batch(Operand& o) {
-  if (o.dimensions != 3 || (o.shape[0] != 1 && o.shape[1] != 1)) return false;
-  std::swap(o.shape[0], o.shape[1]);
-  std::swap(o.stride[0], o.stride[1]);
-  return true;
-}
+  std::vector<Operand> kept_of(int64_t layer) const {
+    std::vector<Operand> found;
+    const int64_t columns = form.widths->saved * hidden();
+    for (int64_t d = 0; d < form.directions; ++d) {
+      const int64_t first = (layer * form.directions + d) * rows();
+      found.push_back(gates.present ? part_of(gates, first, rows(), 0, columns) : Operand{});
+      found.push_back(!has_cell()     ? Operand{}
+                      : cells_apart() ? part_of(cells, first, rows(), 0, hidden())
+                                      : part_of(gates, first, rows(), columns, hidden()));
+    }
+    return found;
+  }
 
-// Reads an operand that may be missing; whether it is plain, or nothing.
-bool read_optional(py::handle given, const py::tuple& types, Operand& operand) {
-  return given.is_none() || read_plain_tensor(given, types, operand);
+  template <class Operands>
+  Operands operands_of(int64_t layer, bool kept) const {
+    Operands o;
+    o.x = layer == 0 ? x : output_of(layer - 1);
+    o.h0 = states_of_layer(h0, form, layer);
+    o.c0 = states_of_layer(c0, form, layer);
+    o.weights = weights_of_layer(weights, form, layer);
+    o.y = output_of(layer);
+    if (kept) o.kept = kept_of(layer);
+    o.batch_sizes = batch_sizes;
+    return o;
+  }
+};
+
+void require(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(std::string("backward: ") + what + " does not fit this call");
 }
 
 }  // namespace
 
-py::object forward_plain(const py::tuple& types, const std::string& cell, int64_t inputs, int64_t hidden,
-                         int64_t dimensions, py::handle is_batch_first, py::handle x, py::handle hx,
-                         const py::tuple& weights, bool grad, int threads) {
-  const bool batch_first = is_batch_first.ptr() == Py_True;
-  // Whatever else is true by Python's rules is torch's to judge.
-  if (!batch_first && is_batch_first.ptr() != Py_False) return py::none();
-  ForwardOperands o;
-  if (!read_plain_tensor(x, types, o.x) || o.x.memory != Memory::cpu) return py::none();
-  if (o.x.dimensions != dimensions || (dimensions != 2 && dimensions != 3)) return py::none();
-  if (batch_first && !exchange_time_and_batch(o.x)) return py::none();
-  const bool step = dimensions == 2;
-  const int64_t T = step ? 1 : o.x.shape[0], B = o.x.shape[step ? 0 : 1];
-  if (o.x.shape[dimensions - 1] != inputs || T < 1 || B < 1 || hidden < 1) return py::none();
-  if (weights.size() != 2 && weights.size() != 4) return py::none();
-  bool keep = grad && requires_grad(x);
-  o.weights.resize(4);
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (!read_plain_tensor(weights[i], types, o.weights[i]) || o.weights[i].dimensions != (i < 2 ? 2 : 1)) {
-      return py::none();
-    }
-    keep = keep || (grad && requires_grad(weights[i]));
-  }
-  const bool lstm = cell == "lstm";
+py::object forward_plain(const PlainCall& call, int64_t inputs, int64_t hidden, py::handle hx, bool grad, int threads) {
+  Stack s;
+  if (!read_form(call.form, s.form)) return py::none();
+  Reader reader(call.types, false);
+  if (!reader.read_x(call, s.form, s.layout, s.x)) return py::none();
+  if (s.x.shape[s.x.dimensions - 1] != inputs || s.rows() < 1) return py::none();
+  if (!reader.read_weights(call.weights, s.form, s.weights) || s.hidden() != hidden) return py::none();
+  bool keep = grad && requires_grad(call.x);
+  for (size_t i = 0; i < call.weights.size(); ++i) keep = keep || (grad && requires_grad(call.weights[i]));
+  const bool lstm = s.has_cell();
   if (!hx.is_none()) {
     const bool pair = PyTuple_Check(hx.ptr()) && PyTuple_GET_SIZE(hx.ptr()) == 2;
     if (lstm != pair) return py::none();
-    Operand* const states[] = {&o.h0, &o.c0};
+    Operand* const states[] = {&s.h0, &s.c0};
     for (int i = 0; i < (lstm ? 2 : 1); ++i) {
       const py::handle state = lstm ? py::handle(PyTuple_GET_ITEM(hx.ptr(), i)) : hx;
-      if (!read_plain_tensor(state, types, *states[i]) || states[i]->dimensions != o.x.dimensions) return py::none();
+      if (!reader.read_states(state, s.layout, *states[i])) return py::none();
+      if (states[i]->dimensions == 3 && states[i]->shape[0] != s.form.runs()) return py::none();
       keep = keep || (grad && requires_grad(state));
     }
   }
-  const Widths* const w = widths_or_null(cell);
-  // Narrow data keep cell states that are wider.
-  if (w == nullptr || (keep && w->cell && o.x.type == ElementType::bfloat16)) return py::none();
-  const py::object y = step          ? new_empty(x, B, hidden)
-                       : batch_first ? new_empty(x, B, T, hidden)
-                                     : new_empty(x, T, B, hidden);
-  const py::object h_n = step ? y : new_empty(x, int64_t{1}, B, hidden);
-  const py::object c_n = !lstm ? py::none() : step ? new_empty(x, B, hidden) : new_empty(x, int64_t{1}, B, hidden);
-  py::object block = py::none();
-  o.y = read_tensor(y, "y");
-  if (batch_first) exchange_time_and_batch(o.y);
-  o.h_n = read_tensor(h_n, "h_n");
-  o.c_n = read_tensor(c_n, "c_n");
-  if (keep) {
-    if (w->saved > 0) block = new_empty(x, T * B, kept_width(*w) * hidden);
-    o.kept = read_kept(read_tensor(block, "kept"), *w, hidden);
-  }
   try {
-    run_without_gil(check_forward(cell, o, kCpuRules), threads);
+    const bool step = s.layout == Layout::step;
+    int64_t B = s.x.shape[step ? 0 : 1];
+    if (s.layout == Layout::packed) {
+      s.batch_sizes = read_tensor(call.batch_sizes, "batch_sizes");
+      B = check_batch_sizes(s.batch_sizes, s.rows())[1];
+    }
+    Operand h_n, c_n;
+    const py::object y_tensor = new_rows(call.x, s.x, s.layout, s.width(), s.y);
+    const py::object h_tensor = step ? y_tensor : new_states(call.x, s.form, s.layout, B, hidden, h_n);
+    if (step) h_n = s.y;
+    const py::object c_tensor = lstm ? new_states(call.x, s.form, s.layout, B, hidden, c_n) : py::none();
+    py::list blocks;
+    const auto block = [&](int64_t rows, int64_t columns, bool wide = false) {
+      const py::object tensor = new_matrix(call.x, rows, columns, wide);
+      blocks.append(tensor);
+      return read_tensor(tensor, "kept");
+    };
+    if (keep && s.form.widths->saved > 0) {
+      s.gates = block(s.form.runs() * s.rows(), s.kept_columns() * hidden);
+      if (s.cells_apart()) s.cells = block(s.form.runs() * s.rows(), hidden, true);
+    }
+    s.slots = keep ? s.form.layers - 1 : std::min<int64_t>(s.form.layers - 1, 2);
+    if (s.slots > 0) s.outputs = block(s.slots * s.rows(), s.width());
+    std::vector<Checked<Forward>> calls;
+    for (int64_t layer = 0; layer < s.form.layers; ++layer) {
+      auto o = s.operands_of<ForwardOperands>(layer, keep);
+      o.h_n = states_of_layer(h_n, s.form, layer);
+      o.c_n = states_of_layer(c_n, s.form, layer);
+      calls.push_back(check_forward(s.form.cell, o, kCpuRules));
+    }
+    run_without_gil(calls, threads);
+    if (keep) {
+      py::list results;
+      if (!step) results.append(y_tensor);
+      results.append(h_tensor);
+      if (lstm) results.append(c_tensor);
+      return py::make_tuple(py::tuple(results), py::tuple(blocks));
+    }
+    const py::object state = lstm ? py::object(py::make_tuple(h_tensor, c_tensor)) : h_tensor;
+    return py::make_tuple(step ? state : py::object(py::make_tuple(y_tensor, state)), py::none());
   } catch (const std::invalid_argument&) {
     return py::none();
   }
-  if (keep) {
-    py::list results;
-    if (!step) results.append(y);
-    results.append(h_n);
-    if (lstm) results.append(c_n);
-    py::list blocks;
-    if (w->saved > 0) blocks.append(block);
-    return py::make_tuple(py::tuple(results), py::tuple(blocks));
-  }
-  const py::object state = lstm ? py::object(py::make_tuple(h_n, c_n)) : h_n;
-  return py::make_tuple(step ? state : py::object(py::make_tuple(y, state)), py::none());
 }
 
-py::object backward_plain(const py::tuple& types, const std::string& cell, const PlainBackward& given, int threads) {
-  const Widths* const w = widths_or_null(cell);
-  if (w == nullptr || given.needs.size() != 7 || given.weights.size() != 4 ||
-      given.kept.size() != (w->saved > 0 ? 1 : 0)) {
-    return py::none();
+py::tuple backward_plain(const PlainCall& call, const py::tuple& needs, py::handle h0, py::handle c0, py::handle y,
+                         const py::tuple& kept, const py::tuple& upstream, int threads) {
+  Stack s;
+  require(read_form(call.form, s.form), "the form");
+  const size_t of_y = s.form.single_step ? 0 : 1;
+  require(needs.size() == 3 + call.weights.size(), "needs");
+  require(upstream.size() == of_y + (s.has_cell() ? 2 : 1), "upstream");
+  py::tuple gradients(needs.size());
+  for (size_t i = 0; i < gradients.size(); ++i) gradients[i] = py::none();
+  if (std::all_of(upstream.begin(), upstream.end(), [](py::handle g) { return g.is_none(); })) return gradients;
+
+  Reader reader(call.types, true);
+  require(reader.read_x(call, s.form, s.layout, s.x), "x");
+  require(reader.read_weights(call.weights, s.form, s.weights), "weights");
+  if (s.layout == Layout::packed) s.batch_sizes = read_tensor(call.batch_sizes, "batch_sizes");
+  const int64_t N = s.rows(), H = s.hidden(), width = s.width();
+  const auto read_states = [&](py::handle tensor, const char* name) {
+    Operand o;
+    if (tensor.is_none()) return o;
+    require(reader.read_states(tensor, s.layout, o), name);
+    require(o.dimensions != 3 || o.shape[0] == s.form.runs(), name);
+    return o;
+  };
+  const auto read_rows = [&](py::handle tensor, const char* name) {
+    Operand o;
+    if (tensor.is_none()) return o;
+    require(reader.read_rows(tensor, s.layout, o), name);
+    require(o.dimensions == s.x.dimensions && rows_of(o) == N && o.shape[o.dimensions - 1] == width, name);
+    return o;
+  };
+  size_t next = 0;
+  const auto read_kept = [&](int64_t rows, int64_t columns) {
+    Operand o;
+    require(next < kept.size() && reader.read(kept[next++], 2, o), "kept");
+    require(o.shape[0] == rows && o.shape[1] == columns, "kept");
+    return o;
+  };
+  s.h0 = read_states(h0, "h0");
+  s.c0 = read_states(c0, "c0");
+  if (s.form.widths->saved > 0) s.gates = read_kept(s.form.runs() * N, s.kept_columns() * H);
+  if (s.cells_apart()) s.cells = read_kept(s.form.runs() * N, H);
+  s.slots = s.form.layers - 1;
+  if (s.slots > 0) s.outputs = read_kept(s.slots * N, width);
+  require(next == kept.size(), "kept");
+  s.y = read_rows(y, "y");
+  if (!s.y.present && s.gates.present) s.y = part_of(s.gates, 0, N, 0, H);  // for its size
+  const Operand grad_y = of_y == 0 ? Operand{} : read_rows(upstream[0], "grad_y");
+  const Operand grad_h_n = read_states(upstream[of_y], "grad_h_n");
+  const Operand grad_c_n = s.has_cell() ? read_states(upstream[of_y + 1], "grad_c_n") : Operand{};
+
+  Operand dx, dh0, dc0;
+  std::vector<Operand> dweights(s.weights.size());
+  int64_t lowest = s.form.layers;  // of the layers that have anything to do
+  const auto wanted = [&](size_t i, int64_t layer) {
+    if (py::handle(needs[i]).ptr() != Py_True) return false;
+    lowest = std::min(lowest, layer);
+    return true;
+  };
+  if (wanted(0, 0)) gradients[0] = new_rows(call.x, s.x, s.layout, s.x.shape[s.x.dimensions - 1], dx);
+  const auto add_states = [&](size_t i, py::handle like, const Operand& o, Operand& gradient) {
+    if (!o.present || !wanted(i, 0)) return;
+    gradients[i] = new_states(like, s.form, s.layout, o.shape[o.dimensions - 2], H, gradient);
+  };
+  add_states(1, h0, s.h0, dh0);
+  add_states(2, c0, s.c0, dc0);
+  const size_t each = call.weights.size() / static_cast<size_t>(s.form.runs());
+  for (size_t i = 0; i < call.weights.size(); ++i) {
+    const size_t run = i / each, at = 4 * run + i % each;
+    if (!wanted(3 + i, static_cast<int64_t>(run) / s.form.directions)) continue;
+    const py::object gradient = new_empty(call.weights[i], s.weights[at].shape, s.weights[at].dimensions);
+    dweights[at] = read_tensor(gradient, "gradient");
+    gradients[3 + i] = gradient;
   }
-  py::tuple gradients(7);
-  for (size_t i = 0; i < 7; ++i) gradients[i] = py::none();
-  if (given.grad_y.is_none() && given.grad_h_n.is_none() && given.grad_c_n.is_none()) return gradients;
-  BackwardOperands o;
-  o.weights.resize(4);
-  if (!read_plain_tensor(given.x, types, o.x) || o.x.dimensions > 3 || !read_optional(given.h0, types, o.h0) ||
-      !read_optional(given.c0, types, o.c0) || !read_optional(given.y, types, o.y) ||
-      !read_optional(given.grad_y, types, o.grad_y) || !read_optional(given.grad_h_n, types, o.grad_h_n) ||
-      !read_optional(given.grad_c_n, types, o.grad_c_n)) {
-    return py::none();
+  // The gradients of outputs between layers: each layer reads one slot and writes another.
+  const int64_t slots = std::min<int64_t>(s.form.layers - 1 - lowest, 2);
+  const py::object between = slots > 0 ? new_matrix(call.x, slots * N, width) : py::none();
+  const Operand doutputs = read_tensor(between, "gradient");
+  std::vector<Checked<Backward>> calls;
+  Operand upper = grad_y;
+  for (int64_t layer = s.form.layers - 1; layer >= lowest; --layer) {
+    auto o = s.operands_of<BackwardOperands>(layer, true);
+    o.grad_y = upper;
+    o.grad_h_n = states_of_layer(grad_h_n, s.form, layer);
+    o.grad_c_n = states_of_layer(grad_c_n, s.form, layer);
+    o.dx = layer == 0 ? dx : layer == lowest ? Operand{} : rows_like(s.y, doutputs, layer % slots * N);
+    o.dh0 = states_of_layer(dh0, s.form, layer);
+    o.dc0 = states_of_layer(dc0, s.form, layer);
+    o.dweights = weights_of_layer(dweights, s.form, layer);
+    calls.push_back(check_backward(s.form.cell, o, kCpuRules));
+    upper = o.dx;
   }
-  if (given.batch_first) {
-    for (Operand* operand : {&o.x, &o.y, &o.grad_y}) {
-      if (operand->present && !exchange_time_and_batch(*operand)) return py::none();
-    }
-  }
-  for (size_t i = 0; i < 4; ++i) {
-    if (!read_optional(given.weights[i], types, o.weights[i])) return py::none();
-  }
-  if (o.weights[1].dimensions != 2) return py::none();
-  const int64_t hidden = o.weights[1].shape[1];
-  Operand block;
-  if (w->saved > 0) {
-    if (!read_plain_tensor(given.kept[0], types, block) || block.dimensions != 2) return py::none();
-    if (block.shape[1] != kept_width(*w) * hidden) return py::none();
-    // For its size.
-    if (!o.y.present) o.y = columns(block, 0, hidden);
-  }
-  o.kept = read_kept(block, *w, hidden);
-  const py::handle tensors[] = {given.x,          given.h0,         given.c0,        given.weights[0],
-                                given.weights[1], given.weights[2], given.weights[3]};
-  const Operand* const operands[] = {&o.x, &o.h0, &o.c0, &o.weights[0], &o.weights[1], &o.weights[2], &o.weights[3]};
-  o.dweights.resize(4);
-  Operand* const wanted[] = {&o.dx, &o.dh0, &o.dc0, &o.dweights[0], &o.dweights[1], &o.dweights[2], &o.dweights[3]};
-  for (size_t i = 0; i < 7; ++i) {
-    if (py::handle(given.needs[i]).ptr() != Py_True || !operands[i]->present) continue;
-    if (operands[i]->dimensions > 3) return py::none();
-    const bool exchanged = given.batch_first && i == 0;
-    Operand like = *operands[i];
-    if (exchanged) exchange_time_and_batch(like);
-    const py::object gradient = new_empty_of(tensors[i], like.shape, like.dimensions);
-    *wanted[i] = read_tensor(gradient, "gradient");
-    if (exchanged) exchange_time_and_batch(*wanted[i]);
-    gradients[i] = gradient;
-  }
-  try {
-    run_without_gil(check_backward(cell, o, kCpuRules), threads);
-  } catch (const std::invalid_argument&) {
-    return py::none();
-  }
+  run_without_gil(calls, threads);
   return gradients;
 }
 

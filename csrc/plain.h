@@ -1,36 +1,41 @@
-// The shortest roads there are, for calls whose kernel takes microseconds: a dense layer of one direction, or a single
-// step, from Python's objects to Python's objects. Each answers None wherever anything is not as plain as it could be,
-// so that the caller goes the long way, where it is put right or gets its error.
+// The shortest roads there are, for eager calls on plain CPU tensors: a whole stack of layers, or a single step, from
+// Python's objects to Python's objects, one call forward and one back. Calls whose kernels take microseconds would
+// otherwise wait for what surrounds them.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <string>
+#include <cstdint>
 
 namespace pyrnnfast {
 
-// For x of so many dimensions, 3: [T, B, I], or [B, T, I] where `batch_first` is True and T or B is 1, or 2, a step:
-// [B, I]: a pair. Where `grad` says that gradients are enabled and an operand asks for one: the results y, h_n, c_n, or
-// h, c, in a tuple, and what backward needs in another. Else: what torch.nn's module, or its cell, returns, and None.
-pybind11::object forward_plain(const pybind11::tuple& types, const std::string& cell, int64_t inputs, int64_t hidden,
-                               int64_t dimensions, pybind11::handle batch_first, pybind11::handle x,
-                               pybind11::handle hx, const pybind11::tuple& weights, bool grad, int threads);
-
-// The operands of such a call back through time.
-struct PlainBackward {
-  pybind11::tuple needs;  // of x, h0, c0 and the four weights, whether its gradient is wanted
-  bool batch_first;       // x, y and grad_y are
-  pybind11::handle x, h0, c0;
-  pybind11::tuple weights;  // four; a bias may be None
-  pybind11::handle y;       // None of a step, where the values are of no use
-  pybind11::tuple kept;     // of forward_plain
-  pybind11::handle grad_y;  // of a step: none
-  pybind11::handle grad_h_n, grad_c_n;
+// The operands of a call. `form` is (cell, layers, directions, single_step, batch_first), where `directions` are 1
+// or 2.
+struct PlainCall {
+  pybind11::tuple types;  // of tensors that may be read
+  pybind11::tuple form;
+  // [T, B, I]; [B, T, I] with `batch_first`; [T, I] without a batch; [N, I] with batch_sizes; [B, I]: a step
+  pybind11::handle x;
+  pybind11::handle batch_sizes;  // None, or [T]
+  pybind11::tuple weights;       // weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction
 };
 
-// A tuple of the gradients of x, h0, c0 and the four weights; None where none is wanted, or nothing comes from
-// upstream.
-pybind11::object backward_plain(const pybind11::tuple& types, const std::string& cell, const PlainBackward& operands,
-                                int threads);
+// A pair. Where `grad` says that gradients are enabled and an operand asks for one: the results y, h_n, c_n, or h, c,
+// in a tuple, and in another what backward needs. Else what torch.nn's module, or its cell, returns, and None.
+//
+// None, so that the caller goes the long way where it is put right or gets its error, unless everything is as it should
+// be. hx: None, h0, or for the LSTM (h0, c0).
+pybind11::object forward_plain(const PlainCall& call, int64_t inputs, int64_t hidden, pybind11::handle hx, bool grad,
+                               int threads);
+
+// The gradients of x, h0, c0 and the weights, None where none is wanted or nothing comes from upstream. Throws where
+// the operands do not fit; they are copied where their elements do not lie side by side, as hooks for saved tensors may
+// have changed them.
+//
+// needs: of x, h0, c0 and each weight, whether its gradient is wanted. y: None of a step, where its values are of no
+// use. kept: of forward_plain. upstream: the gradients of its results.
+pybind11::tuple backward_plain(const PlainCall& call, const pybind11::tuple& needs, pybind11::handle h0,
+                               pybind11::handle c0, pybind11::handle y, const pybind11::tuple& kept,
+                               const pybind11::tuple& upstream, int threads);
 
 }  // namespace pyrnnfast

@@ -39,33 +39,30 @@ def backward(
 ) -> None: ...
 def forward_plain(
     types: tuple[type, ...],
-    cell: str,
+    form: tuple[str, int, int, bool, bool],
+    x: object,
+    batch_sizes: object,
+    weights: tuple[object, ...],
     inputs: int,
     hidden: int,
-    dimensions: int,
-    batch_first: bool,
-    x: object,
     hx: object,
-    weights: tuple[object, ...],
     grad: bool,
     threads: int,
 ) -> tuple[Any, tuple[Tensor, ...] | None] | None: ...
 def backward_plain(
     types: tuple[type, ...],
-    cell: str,
-    needs: tuple[bool, ...],
-    batch_first: bool,
+    form: tuple[str, int, int, bool, bool],
     x: object,
+    batch_sizes: object,
+    weights: tuple[object, ...],
+    needs: tuple[bool, ...],
     h0: object,
     c0: object,
-    weights: tuple[object, ...],
     y: object,
     kept: tuple[object, ...],
-    grad_y: object,
-    grad_h_n: object,
-    grad_c_n: object,
+    upstream: tuple[object, ...],
     threads: int,
-) -> Tensors | None: ...
+) -> Tensors: ...
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None: ...
 def agree(types: tuple[type, ...], tensors: tuple[object, ...], shapes: tuple[tuple[int, ...], ...]) -> bool: ...
 def instruction_sets() -> list[str]: ...

@@ -11,23 +11,18 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from . import _cpu, reference
-from .obstacles import PLAIN
+from . import reference
 from .passes import (
-    Gradients,
     Mask,
     Steps,
     Upstream,
-    apart,
     backward,
     cells_dtype,
     forward,
-    gradient,
     room_for_cells,
     room_for_gates,
     room_to_keep,
     side_by_side,
-    sizes,
 )
 
 _P = ParamSpec("_P")
@@ -118,98 +113,15 @@ class _Layer(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         upstream = Upstream(*grads)
         if beyond_kernels(grads):
-            found = differentiable_backward(cell, needs, x, steps, h0, c0, weights, upstream)
-        else:
-            found = backward(cell, needs, x, steps, h0, c0, weights, y, kept, upstream)
+            operands = (x, h0, c0, *weights)
+            dx, *others = differentiable_backward(run_by_reference(cell, steps), needs, operands, upstream)
+            return None, None, dx, None, *others
+        found = backward(cell, needs, x, steps, h0, c0, weights, y, kept, upstream)
         return None, None, found.x, None, found.h0, found.c0, *found.weights
 
 
-class _Plain(torch.autograd.Function):
-    """y, h_n[, c_n], or of a step h[, c], = plain(cell, batch_first, results, kept, x, h0, c0, *weights)
-
-    ``_cpu.forward_plain`` has made the results; here is their derivative.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        cell: str,
-        batch_first: bool,
-        results: tuple[Tensor, ...],
-        kept: tuple[Tensor, ...],
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        *weights: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        ctx.cell, ctx.batch_first = cell, batch_first
-        ctx.set_materialize_grads(False)
-        # Of a step, only the vanilla RNN's backward looks at h; who else changes theirs in place may.
-        y = None if kept and x.dim() == 2 else results[0]
-        ctx.save_for_backward(x, h0, c0, *weights, y, *kept)
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        (x, h0, c0), weights, y, kept = saved[:3], saved[3:7], saved[7], saved[8:]
-        cell, batch_first, needs = ctx.cell, ctx.batch_first, ctx.needs_input_grad[4:]
-        step = x.dim() == 2
-        upstream = (None, *grads) if step else grads
-        by_reference = beyond_kernels(grads)
-        if not by_reference:
-            own = [None if g is None else gradient(g) for g in upstream]
-            grad_y, grad_h_n, grad_c_n = own if len(own) == 3 else (*own, None)
-            short = _cpu.backward_plain(
-                PLAIN,
-                cell,
-                needs,
-                batch_first,
-                x,
-                h0,
-                c0,
-                weights,
-                y,
-                kept,
-                grad_y,
-                grad_h_n,
-                grad_c_n,
-                torch.get_num_threads(),
-            )
-            if short is not None:
-                return None, None, None, None, *short
-        if all(g is None for g in grads):
-            return (None,) * len(ctx.needs_input_grad)
-
-        def turned(t: Tensor | None) -> Tensor | None:
-            return t.transpose(0, 1) if batch_first and t is not None else t
-
-        x, y = turned(x), turned(y)
-        upstream = turned(upstream[0]), *upstream[1:]
-        if by_reference:
-            if step:
-                x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
-                upstream = tuple(None if g is None else g.unsqueeze(0) for g in upstream)
-            found = differentiable_backward(cell, needs, x, None, h0, c0, weights, Upstream(*upstream))
-            if step:
-                x, h0, c0 = (None if g is None else g.squeeze(0) for g in (found.x, found.h0, found.c0))
-                found = Gradients(x, h0, c0, found.weights)
-        else:
-            # Something has changed what was saved, as hooks of torch may: its rows are where the kernels do not read
-            # them.
-            if y is None:
-                y = kept[0][:, : sizes(weights)[1]]  # for its size, where its values are of no use
-            own = [None if g is None else gradient(g) for g in upstream]
-            assert x is not None
-            assert y is not None
-            found = backward(cell, needs, x, None, h0, c0, weights, y, apart(cell, kept, weights), Upstream(*own))
-        return None, None, None, None, turned(found.x), found.h0, found.c0, *found.weights
-
-
-# Function.apply first looks for functorch's transforms and wrappers, and for default arguments. Here are none
-# (obstacles.py), and a single step would feel it.
+# Not by way of Function.apply, which looks for functorch's transforms: here are none (obstacles.py).
 _apply_layer = super(torch.autograd.Function, _Layer).apply
-_apply_plain = super(torch.autograd.Function, _Plain).apply
 
 
 def reference_layer(
@@ -249,70 +161,66 @@ def _padding(mask: Mask, x: Tensor) -> reference.Padding:
     )
 
 
+Run = Callable[..., Sequence[Tensor | None]]
+"""The results of x, h0, c0 and the weights of a call, by torch's own operators; None for what a cell does not have."""
+
+
 @without_autocast
 def differentiable_backward(
-    cell: str,
-    needs: Sequence[bool],
-    x: Tensor,
-    batch_sizes: Steps,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor | None],
-    grads: Upstream,
-) -> Gradients:
-    """The gradients of a layer as functions that can be differentiated, by way of the reference.
+    run: Run, needs: Sequence[bool], operands: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of the operands as functions that can be differentiated, by way of the reference.
 
     Args:
-        needs: of x, h0, c0 and each weight, whether its gradient is wanted
+        needs: of each operand, whether its gradient is wanted
+        grads: of the results of ``run``
     """
-    if torch._C._are_functorch_transforms_active():
-        return _backward_inside_transforms(cell, needs, x, batch_sizes, h0, c0, weights, grads)
+    asked = [k for k, (t, need) in enumerate(zip(operands, needs, strict=True)) if need and t is not None]
+    back = _back_inside_transforms if torch._C._are_functorch_transforms_active() else _back
+    found: list[Tensor | None] = [None] * len(operands)
+    for k, g in zip(asked, back(run, asked, operands, grads), strict=True):
+        found[k] = g
+    return found
+
+
+def _back(
+    run: Run, asked: Sequence[int], operands: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # A name of its own for each input: one tensor may come in twice, and each gets its own share of the gradient.
-        inputs = [
-            None if t is None else _named_anew(t, need) for t, need in zip((x, h0, c0, *weights), needs, strict=True)
-        ]
-        data, h0, c0, *weights = inputs
-        assert data is not None
-        outputs = reference_layer(cell, data, batch_sizes, h0, c0, weights)
-    asked = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None]
-    results = iter(
-        torch.autograd.grad([o for o, _ in used], asked, [g for _, g in used], create_graph=again, allow_unused=True)
+        # A name of its own for each operand: one tensor may come in twice, and each gets its own share of the gradient.
+        own = [None if t is None else _named_anew(t, k in asked) for k, t in enumerate(operands)]
+        results = run(*own)
+    used = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r is not None]
+    inputs = [t for k in asked if (t := own[k]) is not None]
+    return torch.autograd.grad(
+        [r for r, _ in used], inputs, [g for _, g in used], create_graph=again, allow_unused=True
     )
-    found = [next(results) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
-    return Gradients(found[0], found[1], found[2], tuple(found[3:]))
 
 
-def _backward_inside_transforms(
-    cell: str,
-    needs: Sequence[bool],
-    x: Tensor,
-    batch_sizes: Steps,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor | None],
-    grads: Upstream,
-) -> Gradients:
+def _back_inside_transforms(
+    run: Run, asked: Sequence[int], operands: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
     """The same where torch.func does not let autograd be used."""
-    operands = (x, h0, c0, *weights)
-    asked = [k for k, (t, need) in enumerate(zip(operands, needs, strict=True)) if need and t is not None]
 
     def forward(*chosen: Tensor | None) -> tuple[Tensor, ...]:
         own = list(operands)
         for k, t in zip(asked, chosen, strict=True):
             own[k] = t
-        data, first, first_cell, *rest = own
-        assert data is not None
-        outputs = reference_layer(cell, data, batch_sizes, first, first_cell, rest)
-        return tuple(o for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None)
+        return tuple(r for r, g in zip(run(*own), grads, strict=True) if g is not None and r is not None)
 
     back = torch.func.vjp(forward, *(operands[k] for k in asked))[1]
-    found: list[Tensor | None] = [None] * len(operands)
-    for k, g in zip(asked, back(tuple(g for g in grads if g is not None)), strict=True):
-        found[k] = g
-    return Gradients(found[0], found[1], found[2], tuple(found[3:]))
+    found: Sequence[Tensor | None] = back(tuple(g for g in grads if g is not None))
+    return found
+
+
+def run_by_reference(cell: str, steps: Steps) -> Run:
+    """A layer as a function of its operands, for :func:`differentiable_backward`."""
+
+    def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor | None) -> Outputs:
+        return reference_layer(cell, x, steps, h0, c0, weights)
+
+    return run
 
 
 def _named_anew(t: Tensor, need: bool) -> Tensor:
@@ -324,11 +232,10 @@ def _named_anew(t: Tensor, need: bool) -> Tensor:
 
 @without_autocast
 def second_backward(
-    cell: str,
+    run: Run,
     needs: Sequence[bool],
     operands: Sequence[Tensor | None],
-    batch_sizes: Steps,
-    upstream: Upstream,
+    upstream: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Back through a backward pass: the gradients of its operands and of its upstream gradients.
@@ -344,12 +251,8 @@ def second_backward(
     with torch.enable_grad():
         own = [None if t is None else _named_anew(t, True) for t in operands]
         upper = [None if g is None else _named_anew(g, True) for g in upstream]
-        data, h0, c0, *weights = own
-        assert data is not None
-        found = differentiable_backward(cell, needs, data, batch_sizes, h0, c0, weights, Upstream(*upper))
-        used = [
-            (r, g) for r, g in zip((*found[:3], *found.weights), grads, strict=True) if r is not None and g is not None
-        ]
+        found = differentiable_backward(run, needs, own, upper)
+        used = [(r, g) for r, g in zip(found, grads, strict=True) if r is not None and g is not None]
         asked = [t for t in (*own, *upper) if t is not None]
         second: Sequence[Tensor | None] = (
             torch.autograd.grad(
@@ -389,20 +292,3 @@ def layer(
     cells = room_for_cells(x, weights)
     y, h_n, c_n, _ = forward(cell, x, batch_sizes, h0, c0, weights, side_by_side(None, cells, weights))
     return Outputs(y, h_n, c_n, cells)
-
-
-def of_plain(
-    cell: str,
-    batch_first: bool,
-    results: tuple[Tensor, ...],
-    kept: tuple[Tensor, ...],
-    x: Tensor,
-    hx: Any,
-    weights: tuple[Tensor, ...],
-) -> Any:
-    """What ``_cpu.forward_plain`` has made of these operands, with its derivative, as torch.nn's modules return it."""
-    h0, c0 = hx if cell == "lstm" and hx is not None else (hx, None)
-    found = _apply_plain(cell, batch_first, results, kept, x, h0, c0, *weights, *(None,) * (4 - len(weights)))
-    y, *states = found if x.dim() == 3 else (None, *found)
-    state = tuple(states) if cell == "lstm" else states[0]
-    return state if y is None else (y, state)

@@ -12,52 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cpu, amp, autograd, cuda, layers, obstacles, segments, transforms
+from . import amp, cuda, layers, obstacles, segments, transforms
 from .choices import FUSED, Problem
 from .layers import NO_EXTRAS, Extras
-from .obstacles import PLAIN, Spec
+from .obstacles import Spec
 
 __all__ = ["Options", "gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
-
-
-def plain(
-    cell: str,
-    input_size: int,
-    hidden_size: int,
-    dimensions: int,
-    batch_first: bool,
-    input: Tensor,
-    hx: Any,
-    weights: Sequence[Tensor],
-) -> Any:
-    """The shortest road, for a dense layer of one direction, or a step.
-
-    Args:
-        dimensions: that the input must have: 3, [T, B, I] or with ``batch_first`` [B, T, I], or 2 for a step, [B, I]
-
-    Returns:
-        What :func:`call` would, or None where the call is not as plain as that: then :func:`call` knows what to do.
-    """
-    if obstacles.is_busy():
-        return None
-    weights = tuple(weights)
-    found = _cpu.forward_plain(
-        PLAIN,
-        cell,
-        input_size,
-        hidden_size,
-        dimensions,
-        batch_first,
-        input,
-        hx,
-        weights,
-        torch.is_grad_enabled(),
-        torch.get_num_threads(),
-    )
-    if found is None:
-        return None
-    results, kept = found
-    return results if kept is None else autograd.of_plain(cell, batch_first, results, kept, input, hx, weights)
 
 
 def call(

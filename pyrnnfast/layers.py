@@ -60,12 +60,12 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
         return _run_step(spec, asked, input, hx, weights)
     if isinstance(input, PackedSequence):
         x, batch_sizes = input.data, input.batch_sizes
-        found = _run_layers(spec, asked, x, batch_sizes, _permuted(hx, input.sorted_indices), weights)
+        found = _run_layers(spec, asked, x, batch_sizes, permuted(hx, input.sorted_indices), weights)
         output, cells = (
             None if t is None else PackedSequence(t, batch_sizes, input.sorted_indices, input.unsorted_indices)
             for t in (found.output, found.cells)
         )
-        return _as_torch_has_it(output, _permuted(found.states, input.unsorted_indices), cells)
+        return _as_torch_has_it(output, permuted(found.states, input.unsorted_indices), cells)
     if input.dim() == 2:
         batched = spec._replace(batch_first=False)
         return _as_a_batch(lambda x, h, own: run(batched, asked, x, h, weights, own), input, hx, extras)
@@ -279,7 +279,7 @@ def _map(states: Any, fn: Callable[..., Tensor], *args: int | Tensor) -> Any:
     return tuple(fn(s, *args) for s in states)
 
 
-def _permuted(states: Any, indices: Tensor | None) -> Any:
+def permuted(states: Any, indices: Tensor | None) -> Any:
     """States [layers·D, B, H] with their sequences in another order."""
     return states if indices is None else _map(states, Tensor.index_select, 1, indices)
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, ParamSpec, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from . import functional
+from . import functional, plain
 from .layers import NO_EXTRAS, Extras
 from .obstacles import Spec
 
@@ -138,10 +138,11 @@ class _Layers(_Ours, torch.nn.RNNBase):
         """
         weights = self._weights()
         extras = _extras(given) if given else NO_EXTRAS
-        if type(input) is Tensor and not extras:
-            if self.num_layers == 1 and not (self.bidirectional or self.proj_size or self.cell_states):
-                sizes = self.input_size, self.hidden_size
-                found = functional.plain(self.mode.lower(), *sizes, 3, self.batch_first, input, hx, weights)
+        if type(input) in plain.INPUTS:
+            drops = self.training and self.dropout > 0 and self.num_layers > 1
+            if not (extras or drops or self.proj_size or self.cell_states):
+                form = self.mode.lower(), self.num_layers, 2 if self.bidirectional else 1, False, self.batch_first
+                found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights)
                 if found is not None:
                     return found
         elif isinstance(input, torch.fx.Proxy):
@@ -249,7 +250,8 @@ class _Cells(_Ours, torch.nn.RNNCellBase):
         """
         weights = self._weights()
         if type(input) is Tensor:
-            found = functional.plain(self._kind(), self.input_size, self.hidden_size, 2, False, input, hx, weights)
+            form = self._kind(), 1, 1, True, False
+            found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights)
             if found is not None:
                 return found
         elif isinstance(input, torch.fx.Proxy):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import Outputs, differentiable, second_backward
+from .autograd import Outputs, differentiable, run_by_reference, second_backward
 from .passes import (
     CELLS,
     Mask,
@@ -263,9 +263,8 @@ def _backward_of_backward(ctx: Any, grad: list[Tensor | None]) -> tuple[Any, ...
     weights, upstream = _with_biases(rest[: ctx.count], ctx.directions), Upstream(*rest[ctx.count :])
     needs = [*ctx.needs[:3], *(bool(n) for n in _with_biases(ctx.needs[3:], ctx.directions))]
     operands = (x, h0, c0, *weights)
-    of_operands, of_upstream = second_backward(
-        ctx.cell, needs, operands, _steps(batch_sizes, lengths, reset), upstream, _spread(grad, needs, operands)
-    )
+    run = run_by_reference(ctx.cell, _steps(batch_sizes, lengths, reset))
+    of_operands, of_upstream = second_backward(run, needs, operands, upstream, _spread(grad, needs, operands))
     dx, dh0, dc0, *others = of_operands
     dweights = [g for g, w in zip(others, weights, strict=True) if w is not None]
     return None, None, dx, None, dh0, dc0, dweights, None, None, None, None, *of_upstream, *_undifferentiable(ctx, 15)

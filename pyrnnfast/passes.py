@@ -134,15 +134,6 @@ def room_to_keep(name: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tens
     return kept
 
 
-def apart(name: str, kept: tuple[Tensor, ...], weights: Sequence[Tensor | None]) -> Tensors:
-    """What a plain forward pass has kept, one block or nothing, as a pass takes it: gates and cells."""
-    cell, (_, hidden) = CELLS[name], sizes(weights)
-    if not cell.saved:
-        return None, None
-    gates, cells = kept[0].tensor_split([cell.saved * hidden], 1)
-    return gates, cells if cell.has_cell else None
-
-
 def room_for_gates(cell: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
     """For what backward needs of the gates of all directions, side by side: [..., D·saved·H]."""
     directions, hidden = sizes(weights)

@@ -18,6 +18,7 @@ from .autograd import (
     beyond_kernels,
     differentiable,
     differentiable_backward,
+    run_by_reference,
     second_backward,
 )
 from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
@@ -69,8 +70,8 @@ class _Layer(torch.autograd.Function):
         # torch.func enables gradients for whatever it does; what it asks for by that, the kernels have.
         transformed = torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
         if not transformed and beyond_kernels(upstream):
-            found = differentiable_backward(ctx.cell, needs, x, None, h0, c0, weights, Upstream(*upstream))
-            return None, None, found.x, found.h0, found.c0, *found.weights
+            run, operands = run_by_reference(ctx.cell, None), (x, h0, c0, *weights)
+            return None, None, *differentiable_backward(run, needs, operands, Upstream(*upstream))
         *found, _ = _Backward.apply(ctx.cell, tuple(needs), False, x, h0, c0, *kept, *upstream, *weights)
         return None, None, *found
 
@@ -114,7 +115,8 @@ class _Backward(torch.autograd.Function):
         assert not ctx.with_dgates
         x, h0, c0, *rest = ctx.saved_tensors
         upstream, operands = Upstream(*rest[:4]), (x, h0, c0, *rest[4:])
-        of_operands, of_upstream = second_backward(ctx.cell, ctx.needs, operands, None, upstream, grads[:-1])
+        run = run_by_reference(ctx.cell, None)
+        of_operands, of_upstream = second_backward(run, ctx.needs, operands, upstream, grads[:-1])
         return None, None, None, *of_operands[:3], None, None, None, *of_upstream, *of_operands[3:]
 
     @staticmethod

@@ -1,6 +1,7 @@
 """What runs on our kernels, what is left to torch, and that ``explain`` says so."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,28 +83,34 @@ def count_kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("lengths", [None, (3, 1, 2)], ids=["dense", "packed"])
-def test_one_kernel_call_for_each_layer_and_pass(
-    cell: str, lengths: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = Case(cell, layers=2, bidirectional=True, lengths=lengths)
+@pytest.mark.parametrize(
+    "form",
+    [
+        Case("gru", single_step=True),
+        Case("gru", layers=2, bidirectional=True),
+        Case("gru", layers=2, bidirectional=True, lengths=(3, 1, 2)),
+    ],
+    ids=str,
+)
+def test_one_kernel_call_for_each_pass(cell: str, form: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(form, cell=cell)
     calls = count_kernel_calls(monkeypatch)
     module = case.module(pyrnnfast)
     x, states = case.operands()
     outputs = case.run(module, x, states)
-    assert calls == ["forward"] * 2
+    assert calls == ["forward_plain"]
     gradients(module, x, states, outputs)
-    assert calls == ["forward"] * 2 + ["backward"] * 2
+    assert calls == ["forward_plain", "backward_plain"]
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_kernel_call_for_a_step(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(cell, single_step=True)
+def test_one_kernel_call_for_each_layer_with_dropout(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(cell, layers=2, bidirectional=True, dropout=0.4)
     calls = count_kernel_calls(monkeypatch)
     module = case.module(pyrnnfast)
     x, states = case.operands()
     gradients(module, x, states, case.run(module, x, states))
-    assert calls == ["forward_plain", "backward_plain"]
+    assert calls == ["forward"] * 2 + ["backward"] * 2
 
 
 # What products, biases and sums over directions would need; memory, views and copies are torch's.

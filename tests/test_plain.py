@@ -1,9 +1,9 @@
 """The shortest road, of plain calls: who takes it, that it gives the same bits, and what does not."""
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,22 +17,33 @@ from pyrnnfast import _cpu
 
 
 def is_plain(c: Case) -> bool:
-    """batch_first is but a name for the same memory where there is one step or one sequence."""
-    other = c.bidirectional or c.lengths or c.unbatched or (c.batch_first and c.steps > 1 and c.batch > 1)
-    return c.layers == 1 and not other
+    """All but dropout between layers, and a step without a batch."""
+    return not (c.dropout > 0 and c.layers > 1) and not (c.single_step and c.unbatched)
 
 
+# batch_first is but a name for the same memory where there is one step or one sequence.
 BATCH_FIRST = [
     Case(cell, steps=steps, batch=batch, hidden=19, batch_first=True)
     for cell in CELLS
-    for steps, batch in ((1, 5), (5, 1))
+    for steps, batch in ((1, 5), (5, 1), (3, 5))
 ]
-PLAIN = [c for c in (*TABLE, *BATCH_FIRST) if is_plain(c)]
+STACKS = [
+    replace(stack, cell=cell)
+    for cell in CELLS
+    for stack in (
+        Case(cell, steps=3, batch=4, hidden=19, layers=4, bidirectional=True),
+        Case(cell, steps=3, batch=4, hidden=19, layers=3, batch_first=True, bias=False),
+        Case(cell, lengths=(2, 5, 1, 4, 3), hidden=18, layers=3, bidirectional=True),
+        Case(cell, steps=3, unbatched=True, hidden=18, layers=2),
+    )
+]
+PLAIN = [c for c in (*TABLE, *BATCH_FIRST, *STACKS) if is_plain(c)]
 
 
 ALL_FORMS = [
     *(Case(cell, steps=3, batch=4, hidden=19, single_step=step) for cell in CELLS for step in (False, True)),
     *BATCH_FIRST,
+    *STACKS,
 ]
 
 
@@ -52,8 +63,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def flat(result: Any) -> list[Tensor]:
-    leaves: list[Tensor] = torch.utils._pytree.tree_leaves(result)
-    return leaves
+    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
 @contextlib.contextmanager
@@ -75,16 +85,16 @@ def test_plain_calls_take_it_and_get_the_same_bits(case: Case, dtype: torch.dtyp
     module = quiet_module(case, dtype)
     x, states = case.operands(dtype)
     with the_long_way():
-        longer = flat(module(x, case.hx(states)))
+        longer = flat(module(case.packed(x), case.hx(states)))
     assert taken == []
     for without_gradients in (torch.no_grad, torch.inference_mode):
         with without_gradients():
-            shorter = flat(module(x, case.hx(states)))
+            shorter = flat(module(case.packed(x), case.hx(states)))
         assert [t.shape for t in shorter] == [t.shape for t in longer]
         assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(shorter, longer, strict=True))
         assert not any(t.requires_grad for t in shorter)
     assert taken == [True, True]
-    storages = [t.untyped_storage().data_ptr() for t in shorter]
+    storages = [t.untyped_storage().data_ptr() for t in shorter if t.is_floating_point()]
     assert len(set(storages)) == len(storages), "results share memory"
 
 
@@ -124,31 +134,45 @@ def test_gradients_of_plain_calls_have_the_same_bits(
         for name, t in longer.items():
             assert shorter[name].dtype is t.dtype
             assert torch.equal(shorter[name], t), name
-    # Narrow, the LSTM keeps what is wider.
-    kept, calls = not (dtype is torch.bfloat16 and case.cell == "lstm"), 1 + len(case.outputs)
-    assert taken == [kept] * calls
-    assert back == [True] * (calls if kept else 0)
+    assert taken == back == [True] * (1 + len(case.outputs))
 
 
-SUBSETS = {"x": ("x",), "states": ("states",), "weights": ("weights",), "bias": ("bias",), "none": ()}
+# What is wanted, by the beginning and the end of its name.
+SUBSETS: dict[str, tuple[str, str]] = {
+    "x": ("x", ""),
+    "states": ("states", ""),
+    "weights": ("weight", ""),
+    "bias": ("bias", ""),
+    "upper_layer": ("weight", "_l1"),
+    "backward_in_time": ("bias", "reverse"),
+    "lower_layer": ("weight_hh", "_l0"),
+    "none": ("none", ""),
+}
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
-@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        Case("gru", steps=3, batch=4, hidden=19),
+        Case("gru", batch=4, hidden=19, single_step=True),
+        Case("gru", lengths=(3, 3, 2), hidden=19, layers=3, bidirectional=True),
+    ],
+    ids=["layer", "cell", "stack"],
+)
 @pytest.mark.parametrize("cell", CELLS)
-def test_only_what_is_wanted(cell: str, single_step: bool, subset: str, back: list[bool]) -> None:
-    case = Case(cell, steps=3, batch=4, hidden=19, single_step=single_step)
+def test_only_what_is_wanted(cell: str, form: Case, subset: str, back: list[bool]) -> None:
+    case = replace(form, cell=cell)
     module = case.module(pyrnnfast)
     x, states = case.operands()
-    wanted = SUBSETS[subset]
-    for name, p in module.named_parameters():
-        p.requires_grad_("weights" in wanted or (name.startswith("bias") and "bias" in wanted))
-    x.requires_grad_("x" in wanted)
-    for s in states:
-        s.requires_grad_("states" in wanted)
+    begin, end = SUBSETS[subset]
+    wanted = False
+    for name, t in (("x", x), *(("states", s) for s in states), *module.named_parameters()):
+        t.requires_grad_(name.startswith(begin) and name.endswith(end))
+        wanted = wanted or t.requires_grad
     leaves = [t for t in (x, *states, *module.parameters()) if t.requires_grad]
     outputs = case.run(module, x, states)
-    assert all(t.requires_grad is bool(wanted) for t in outputs.values())
+    assert all(t.requires_grad is wanted for t in outputs.values())
     if not wanted:
         return
     found = torch.autograd.grad(sum(t.sin().sum() for t in outputs.values()), leaves)
@@ -182,7 +206,7 @@ def test_upstream_gradients_of_any_kind(case: Case, name: str, back: list[bool])
 
 
 @pytest.mark.parametrize("case", ALL_FORMS, ids=str)
-def test_what_hooks_have_changed_goes_the_long_way(case: Case, back: list[bool]) -> None:
+def test_what_hooks_have_changed_is_put_right(case: Case, back: list[bool]) -> None:
     module = case.module(pyrnnfast)
     x, states = case.operands()
 
@@ -194,7 +218,7 @@ def test_what_hooks_have_changed_goes_the_long_way(case: Case, back: list[bool])
     assert back == [True]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: torch.stack([t, t], -1)[..., 0]):
         found = once()
-    assert back == [True, False]
+    assert back == [True, True]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -256,7 +280,7 @@ def test_many_gradients_at_once(case: Case) -> None:
 
 @pytest.mark.parametrize("case", ALL_FORMS, ids=str)
 def test_not_a_number_from_upstream_goes_where_it_goes_in_torch(case: Case) -> None:
-    case = dataclasses.replace(case, initial=False)
+    case = replace(case, initial=False)
     found = []
     for module in (case.module(pyrnnfast), pyrnnfast.restore(case.module(pyrnnfast))):
         x, states = case.operands()
@@ -270,7 +294,8 @@ def test_not_a_number_from_upstream_goes_where_it_goes_in_torch(case: Case) -> N
 def test_a_truth_that_is_no_bool_is_not_decided_here() -> None:
     for value in (1, 0, None, np.True_, "yes"):
         x = torch.ones(2, 1, 4)
-        assert _cpu.forward_plain((Tensor, torch.nn.Parameter), "gru", 4, 3, 3, value, x, None, GRU, False, 1) is None
+        for form in (("gru", 1, 1, False, value), ("gru", 1, 1, value, False)):
+            assert _cpu.forward_plain(TYPES, form, x, None, GRU, 4, 3, None, False, 1) is None
 
 
 def test_cell_states_of_a_class(taken: list[bool]) -> None:
@@ -366,75 +391,145 @@ def test_changed_weights_are_seen(taken: list[bool]) -> None:
 GRU = (torch.ones(9, 4), torch.ones(9, 3), torch.ones(9), torch.ones(9))
 
 
+TYPES = (Tensor, torch.nn.Parameter)
+JUNK_FORMS: list[tuple[Any, ...]] = [
+    (),
+    ("no cell", 1, 1, False, False),
+    (3, 1, 1, False, False),
+    ("gru", 0, 1, False, False),
+    ("gru", -1, 1, False, False),
+    ("gru", 2, 1, False, False),
+    ("gru", 1 << 62, 1, False, False),
+    ("gru", 1 << 80, 1, False, False),
+    ("gru", 1.0, 1, False, False),
+    ("gru", 1, 3, False, False),
+    ("gru", 1, 2, False, False),
+    ("gru", 1, 2, True, False),
+    ("gru", 1, 1, False, None),
+]
+
+
 def test_junk_raises_or_is_refused() -> None:
-    types = (Tensor, torch.nn.Parameter)
-    good = (types, "gru", 4, 3, 3, False, torch.ones(2, 1, 4), None, GRU, False, 1)
-    assert _cpu.forward_plain(*good) is not None
-    for index, junk in {0: (), 1: "no cell", 2: 5, 3: 4, 4: 2, 6: object(), 7: 3, 8: ()}.items():
-        assert _cpu.forward_plain(*good[:index], junk, *good[index + 1 :]) is None, index
-    with pytest.raises(TypeError, match="threads must be an int"):
-        _cpu.forward_plain(*good[:-1], None)
-    for dimensions in (-1, 0, 1, 4):
-        x = torch.ones((2,) * max(dimensions, 0))
-        assert _cpu.forward_plain(*good[:4], dimensions, False, x, *good[7:]) is None
-    for x in (torch.ones(2, 3, 4), torch.ones(1, 4), torch.ones(1, 1, 1, 4)):
-        assert _cpu.forward_plain(*good[:5], True, x, *good[7:]) is None
-    for index in (0, 8):
-        with pytest.raises(TypeError, match="must be a tuple"):
-            _cpu.forward_plain(*good[:index], [], *good[index + 1 :])
+    good: dict[str, Any] = {
+        "types": TYPES,
+        "form": ("gru", 1, 1, False, False),
+        "x": torch.ones(2, 1, 4),
+        "batch_sizes": None,
+        "weights": GRU,
+        "inputs": 4,
+        "hidden": 3,
+        "hx": None,
+        "grad": False,
+        "threads": 1,
+    }
+
+    def refused(**changes: Any) -> bool:
+        return _cpu.forward_plain(**(good | changes)) is None
+
+    assert not refused()
+    assert refused(types=())
+    for form in JUNK_FORMS:
+        assert refused(form=form), form
+    for x in (
+        object(),
+        None,
+        torch.ones(()),
+        torch.ones(4),
+        torch.ones(2, 3),
+        torch.ones(2, 1, 5),
+        torch.ones(0, 1, 4),
+    ):
+        assert refused(x=x), x
+    assert refused(x=torch.ones(2, 1, 1, 4))
+    assert refused(form=("gru", 1, 1, True, False))  # three dimensions are no step
+    two_rows = torch.ones(2, 4)
+    assert not refused(x=two_rows, batch_sizes=torch.tensor([1, 1]))
+    for sizes in (
+        torch.tensor([1]),
+        torch.tensor([1, 2]),
+        torch.tensor([]),
+        torch.ones(2),
+        torch.tensor([[2]]),
+        GRU[0],
+    ):
+        assert refused(x=two_rows, batch_sizes=sizes), sizes
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
+        refused(x=two_rows, batch_sizes=3)
+    assert refused(batch_sizes=torch.tensor([1, 1]))  # of x with three dimensions
+    for changes in ({"inputs": 5}, {"hidden": 4}, {"hidden": 1 << 60}, {"hidden": -3}):
+        assert refused(**changes), changes
+    for hx in (3, torch.ones(1, 1, 4), torch.ones(2, 1, 3), torch.ones(1, 3), (torch.ones(1, 1, 3),) * 2):
+        assert refused(hx=hx), hx
+    for weights in ((), GRU[:1], GRU[:3], (*GRU, *GRU)):
+        assert refused(weights=weights), len(weights)
     for k in range(4):
         for junk in (None, torch.ones(9, 4, 1), torch.ones(2), torch.ones(9, 4, device="meta"), "x"):
-            assert _cpu.forward_plain(*good[:8], (*GRU[:k], junk, *GRU[k + 1 :]), False, 1) is None, (k, junk)
+            assert refused(weights=(*GRU[:k], junk, *GRU[k + 1 :])), (k, junk)
+    for name in ("types", "form", "weights"):
+        with pytest.raises(TypeError, match=f"{name} must be a tuple"):
+            refused(**{name: []})
+    with pytest.raises(TypeError, match="threads must be an int"):
+        refused(threads=None)
 
 
 @pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
-def test_junk_raises_or_is_refused_on_the_road_back(single_step: bool) -> None:
+def test_junk_raises_on_the_road_back(single_step: bool) -> None:
     lead = (2,) if single_step else (1, 2)
     x, h0, y, grad = (torch.ones(*lead, n) for n in (4, 3, 3, 3))
-    upstream = (None, grad, None) if single_step else (grad, None, None)
-    types, needs, kept = (Tensor, torch.nn.Parameter), (True, True, False, *(True,) * 4), (torch.ones(2, 12),)
-    good = (types, "gru", needs, False, x, h0, None, GRU, None if single_step else y, kept, *upstream, 1)
-    names = [
-        "types",
-        "cell",
-        "needs",
-        "batch_first",
-        "x",
-        "h0",
-        "c0",
-        "weights",
-        "y",
-        "kept",
-        "grad_y",
-        "grad_h_n",
-        "grad_c_n",
-    ]
-    found = _cpu.backward_plain(*good)
-    assert found is not None
+    kept = (torch.ones(2, 12),)
+    good: dict[str, Any] = {
+        "types": TYPES,
+        "form": ("gru", 1, 1, single_step, False),
+        "x": x,
+        "batch_sizes": None,
+        "weights": GRU,
+        "needs": (True, True, False, *(True,) * 4),
+        "h0": h0,
+        "c0": None,
+        "y": None if single_step else y,
+        "kept": kept,
+        "upstream": (grad,) if single_step else (grad, None),
+        "threads": 1,
+    }
+    found = _cpu.backward_plain(**good)
     assert [None if g is None else g.shape for g in found] == [x.shape, h0.shape, None, *(w.shape for w in GRU)]
-    wrong = {
+    one_too_many = (*good["upstream"], grad)
+    wrong: dict[str, list[Any]] = {
         "types": [()],
-        "cell": ["no cell", "lstm", "rnn_tanh"],
+        "form": [*JUNK_FORMS, ("lstm", 1, 1, single_step, False), ("rnn_tanh", 1, 1, single_step, False)],
+        "x": [None, 3, torch.ones(1, 1, 1, 2, 4), torch.ones(7, 4), x.double(), x.to("meta"), x.to(torch.int64)],
+        "batch_sizes": [torch.tensor([5, 1])],
+        "weights": [(), GRU[:2], (None, *GRU[1:]), (GRU[0], None, *GRU[2:]), (GRU[0], torch.ones(3), *GRU[2:])],
         "needs": [(), (True,) * 8],
-        "batch_first": [True],
-        "x": [None, 3, torch.ones(1, 1, 1, 2, 4), torch.ones(7, 4), x.double(), x.to("meta")],
         "h0": [3, torch.ones(5, 3), torch.ones(4, 1, 2, 3), h0.double()],
         "c0": [torch.ones(*lead, 3)],
-        "weights": [(), GRU[:2], (None, *GRU[1:]), (GRU[0], None, *GRU[2:]), (GRU[0], torch.ones(3), *GRU[2:])],
         "y": [torch.ones(5, 3), "y", torch.ones(())],
         "kept": [(), (*kept, *kept), (None,), (torch.ones(2, 11),), (torch.ones(24),), (torch.ones(3, 12),)],
-        "grad_y": [torch.ones(5, 3), "g"],
-        "grad_h_n": [torch.ones(5, 3), "g"],
-        "grad_c_n": [grad],
+        "upstream": [(), one_too_many, tuple("g" for _ in good["upstream"]), (torch.ones(5, 3), *good["upstream"][1:])],
     }
-    assert wrong.keys() == set(names)
+    if single_step:
+        wrong["batch_sizes"] = []  # which a step does not look at
     for name, values in wrong.items():
-        k = names.index(name)
         for junk in values:
-            assert _cpu.backward_plain(*good[:k], junk, *good[k + 1 :]) is None, (name, junk)
-    for name in ("types", "needs", "weights", "kept"):
-        k = names.index(name)
+            with pytest.raises((ValueError, TypeError)):
+                _cpu.backward_plain(**(good | {name: junk}))
+    for name in ("types", "form", "needs", "weights", "kept", "upstream"):
         with pytest.raises(TypeError, match=f"{name} must be a tuple"):
-            _cpu.backward_plain(*good[:k], None, *good[k + 1 :])
+            _cpu.backward_plain(**(good | {name: None}))
+    del good["threads"]
     with pytest.raises(TypeError, match="misses the argument 'threads'"):
-        _cpu.backward_plain(*good[:-1])
+        _cpu.backward_plain(**good)
+
+
+def test_junk_from_hooks_raises() -> None:
+    """What was saved for backward comes back as hooks have it."""
+    kinds: list[Callable[[Tensor], Any]] = [
+        lambda t: t.double() if t.dim() == 1 else t,
+        lambda t: t[..., :1],
+        lambda t: torch.ones(3),
+    ]
+    for junk in kinds:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, junk):
+            y, _ = pyrnnfast.GRU(4, 3, num_layers=2)(torch.ones(2, 1, 4, requires_grad=True))
+        with pytest.raises(ValueError, match=r"backward: |must have the dtype"):
+            y.sum().backward()

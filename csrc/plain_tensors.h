@@ -1,0 +1,72 @@
+// The tensors of plain calls: read as the kernels want them, and allocated by torch, as all of its own results are.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "plain.h"
+
+namespace pyrnnfast {
+
+// What kind of stack a call is for.
+struct Form {
+  std::string cell;
+  const Widths* widths = nullptr;
+  int64_t layers = 0, directions = 0;
+  bool single_step = false, batch_first = false;
+
+  int64_t runs() const { return layers * directions; }
+};
+
+// Whether it is one; what is true by other rules of Python than `is True` is torch's to judge.
+bool read_form(const pybind11::tuple& given, Form& form);
+
+// Of x, y and their gradients, and of states.
+enum class Layout { step, packed, unbatched, time_major, batch_first };
+
+// Reads tensors, and keeps what it has to copy for that.
+class Reader {
+ public:
+  // Where `resolve` says so, a tensor that is lazily negated is resolved, and one that is not plain refused by
+  // std::invalid_argument.
+  Reader(const pybind11::tuple& types, bool resolve) : types_(types), resolve_(resolve) {}
+
+  // Whether it is a plain CPU tensor of so many dimensions; if so, `o` is it, or a copy, contiguous.
+  bool read(pybind11::handle tensor, int dimensions, Operand& o);
+  // The same of x, y and their gradients: as [T, B, columns] or, of steps and packed data, [N, columns].
+  bool read_rows(pybind11::handle tensor, Layout layout, Operand& o);
+  // The same of x, from which the layout follows.
+  bool read_x(const PlainCall& call, const Form& form, Layout& layout, Operand& o);
+  // The same of states: as [layers·D, B, H] or, of steps, [B, H].
+  bool read_states(pybind11::handle tensor, Layout layout, Operand& o);
+  // The same of the weights of each layer and direction, by fours; biases that there are not are absent.
+  bool read_weights(const pybind11::tuple& given, const Form& form, std::vector<Operand>& weights);
+
+ private:
+  bool plain(pybind11::handle& tensor, Operand& o);
+  bool place(pybind11::handle tensor, Layout layout, Operand& o);
+  bool compact(pybind11::handle tensor, Operand& o);
+  pybind11::handle keep(pybind11::object tensor);
+
+  const pybind11::tuple& types_;
+  bool resolve_;
+  std::vector<pybind11::object> kept_;
+};
+
+// like.new_empty(sizes)
+pybind11::object new_empty(pybind11::handle like, const int64_t* sizes, int dimensions);
+// like.new_empty(rows, columns), which is float32 where `wide`
+pybind11::object new_matrix(pybind11::handle like, int64_t rows, int64_t columns, bool wide = false);
+// A tensor like x, whose rows are `rows`, of other columns; `o` is its rows, likewise.
+pybind11::object new_rows(pybind11::handle x, const Operand& rows, Layout layout, int64_t columns, Operand& o);
+// The same of states for a batch of B: [layers·D, B, H] or, of steps, [B, H].
+pybind11::object new_states(pybind11::handle like, const Form& form, Layout layout, int64_t B, int64_t hidden,
+                            Operand& o);
+
+bool requires_grad(pybind11::handle tensor);
+
+}  // namespace pyrnnfast

@@ -1,0 +1,147 @@
+"""The shortest road: eager calls on plain CPU tensors, a whole stack of layers or a single step in one call of ``_cpu``
+forward and one back.
+
+Whatever is not as plain as that goes by :func:`pyrnnfast.functional.call`, which knows what to do.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _cpu, layers, obstacles
+from .autograd import beyond_kernels, differentiable_backward
+from .obstacles import PLAIN, Spec
+
+Form = tuple[str, int, int, bool, bool]
+"""Of a call what is no tensor: cell, layers, directions, single_step, batch_first."""
+
+INPUTS = (Tensor, PackedSequence)
+"""The types of input of which a call may be plain."""
+
+
+def call(
+    form: Form, input_size: int, hidden_size: int, input: Tensor | PackedSequence, hx: Any, weights: Sequence[Tensor]
+) -> Any:
+    """What torch.nn's module would return, or None where the call is not plain.
+
+    Args:
+        input: of exactly one of these types; [T, B, I], [B, T, I] with ``batch_first``, or [T, I] unbatched; or of a
+            step [B, I]
+        hx: None, or [layers·D, B, H] (without B when unbatched; of a step [B, H]), or of the LSTM a pair of them
+        weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction
+    """
+    if obstacles.is_busy():
+        return None
+    batch_sizes = order = None
+    x = input
+    if isinstance(input, PackedSequence):
+        x, batch_sizes, order, back = input
+        if order is not None and hx is not None:
+            if not all(isinstance(s, Tensor) and s.dim() == 3 for s in (hx if isinstance(hx, tuple) else (hx,))):
+                return None
+            hx = layers.permuted(hx, order)
+    weights = tuple(weights)
+    found = _cpu.forward_plain(
+        PLAIN,
+        form,
+        x,
+        batch_sizes,
+        weights,
+        input_size,
+        hidden_size,
+        hx,
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+    )
+    if found is None:
+        return None
+    results, kept = found
+    if kept is not None:
+        h0, c0 = hx if form[0] == "lstm" and hx is not None else (hx, None)
+        results = _apply(form, results, kept, x, batch_sizes, h0, c0, *weights)
+        if form[0] == "lstm":
+            results = (results[0], results[1:]) if len(results) == 3 else results
+        elif form[3]:
+            results = results[0]
+    if batch_sizes is None:
+        return results
+    y, states = results
+    if order is not None and order.shape != (states[0] if form[0] == "lstm" else states).shape[1:2]:
+        return None
+    return PackedSequence(y, batch_sizes, order, back), layers.permuted(states, back)
+
+
+class _Plain(torch.autograd.Function):
+    """y, h_n[, c_n], or of a step h[, c], = plain(form, results, kept, x, batch_sizes, h0, c0, *weights)
+
+    ``_cpu.forward_plain`` has made the results; here is their derivative.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        form: Form,
+        results: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...],
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.form, ctx.count = form, len(kept)
+        ctx.set_materialize_grads(False)
+        # Of a step, only the vanilla RNN's backward looks at h; who else changes theirs in place may.
+        y = None if kept and form[3] else results[0]
+        ctx.save_for_backward(x, batch_sizes, h0, c0, y, *kept, *weights)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, batch_sizes, h0, c0, y, *rest = ctx.saved_tensors
+        kept, weights = tuple(rest[: ctx.count]), tuple(rest[ctx.count :])
+        needs = (ctx.needs_input_grad[3], *ctx.needs_input_grad[5:])
+        found: Sequence[Tensor | None]
+        if not beyond_kernels(grads):
+            threads = torch.get_num_threads()
+            found = _cpu.backward_plain(
+                PLAIN, ctx.form, x, batch_sizes, weights, needs, h0, c0, y, kept, grads, threads
+            )
+        elif all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        else:
+            run = functools.partial(_by_reference, ctx.form, batch_sizes)
+            found = differentiable_backward(run, needs, (x, h0, c0, *weights), grads)
+        return None, None, None, found[0], None, *found[1:]
+
+
+# Function.apply first looks for functorch's transforms and wrappers, and for default arguments. Here are none
+# (obstacles.py), and a single step would feel it.
+_apply = super(torch.autograd.Function, _Plain).apply
+
+
+def _by_reference(
+    form: Form, batch_sizes: Tensor | None, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
+) -> list[Tensor]:
+    """The results of such a call by :mod:`pyrnnfast.reference`."""
+    cell, count, directions, single_step, batch_first = form
+    spec = Spec(
+        cell,
+        weights[0].shape[1],
+        weights[1].shape[1],
+        count,
+        bias=len(weights) == 4 * count * directions,
+        batch_first=batch_first,
+        bidirectional=directions == 2,
+        single_step=single_step,
+    )
+    input = x if batch_sizes is None else PackedSequence(x, batch_sizes)
+    hx = h0 if h0 is None or c0 is None else (h0, c0)
+    found = layers.run(spec, "reference", input, hx, weights, layers.NO_EXTRAS)
+    y, states = (None, found) if single_step else found
+    rows = () if y is None else (y.data if isinstance(y, PackedSequence) else y,)
+    return [*rows, *(states if isinstance(states, tuple) else (states,))]
