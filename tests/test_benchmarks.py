@@ -10,7 +10,7 @@ import torch
 
 import pyrnnfast
 from benchmarks import __main__ as benchmark
-from benchmarks import memory, plot, record, rows, table, targets
+from benchmarks import anywhere, memory, plot, record, rows, table, targets
 from benchmarks.limits import limit
 from benchmarks.machine import Machine
 from benchmarks.rows import Row
@@ -307,3 +307,28 @@ def test_memory_of_a_training_step() -> None:
     row = Row("layer", "lstm", "training", (10, 4, 200, 200), 1)
     for side in ("ours", "torch"):
         assert memory._peak_elsewhere(row, side) > 1_280_000
+
+
+def test_random_calls(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert anywhere.main(["--calls", "8", "--seed", "3", "--seconds", "0", "--out", "few"]) == 0
+    calls = record.load("few")["calls"]
+    assert len(calls) == 8
+    assert all(c["ours_ms"] > 0 and c["torch_ms"] > 0 for c in calls)
+    assert capsys.readouterr().out.startswith("8 calls, ")
+
+
+def test_the_same_seed_draws_the_same_calls() -> None:
+    first, again, other = (list(zip(range(50), anywhere.draw(seed, 2), strict=False)) for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def test_a_random_call_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = anywhere.sides
+
+    def wrong(call: anywhere.Call) -> Any:
+        found = both(call)
+        return found | {"ours": lambda: [2 * t + 1 for t in found["ours"]()]}
+
+    monkeypatch.setattr(anywhere, "sides", wrong)
+    with pytest.raises(SystemExit, match=r"ours and torch differ by .*; nothing timed"):
+        anywhere.measure(next(anywhere.draw(3, 2)), 0)
