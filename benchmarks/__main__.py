@@ -71,7 +71,7 @@ def run_row(row: Row, run: int, machine: Machine, watch: Watch, seconds: float, 
 
 
 def _entry(row: Row, run: int, times: Times, limit_ms: float, error: float, disturbed: bool) -> Entry:
-    ms = {name: round(value * 1e3, 5) for name, value in times.medians.items()}
+    ms, first_ms = ({name: round(1e3 * value, 5) for name, value in t.items()} for t in (times.medians, times.first))
     entry: Entry = Entry(
         **(asdict(row) | {"shape": list(row.shape)}),  # type: ignore[typeddict-item]
         run=run,
@@ -79,6 +79,8 @@ def _entry(row: Row, run: int, times: Times, limit_ms: float, error: float, dist
         ours_ms=ms["ours"],
         torch_ms=ms["torch"],
         limit_ms=round(limit_ms, 5),
+        ours_first_ms=first_ms["ours"],
+        torch_first_ms=first_ms["torch"],
         error=error,
         rounds=times.rounds,
         disturbed=disturbed,

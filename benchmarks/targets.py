@@ -49,6 +49,11 @@ def ratio(entry: Entry) -> float:
     return entry["torch_ms"] / entry["ours_ms"]
 
 
+def first_ratio(entry: Entry) -> float:
+    """The same of calls behind the other side's."""
+    return entry["torch_first_ms"] / entry["ours_first_ms"]
+
+
 def distance(entry: Entry) -> float:
     return entry["ours_ms"] / entry["limit_ms"]
 
@@ -107,6 +112,7 @@ class Judged(NamedTuple):
 
     entry: Entry  # of the first run
     ratio: float
+    first_ratio: float
     distance: float
     aims: list[Aim]  # each in the better of the runs
 
@@ -127,7 +133,8 @@ def judge(entries: Iterable[Entry]) -> list[Judged]:
             (max if group[0].sign == "≥" else min)(group, key=lambda aim: aim.value)
             for group in zip(*map(aims, same), strict=True)
         ]
-        result.append(Judged(same[0], mean(map(ratio, same)), mean(map(distance, same)), best))
+        ratios, firsts, distances = (map(measure, same) for measure in (ratio, first_ratio, distance))
+        result.append(Judged(same[0], mean(ratios), mean(firsts), mean(distances), best))
     return result
 
 
@@ -135,7 +142,7 @@ def summary(entries: list[Entry]) -> Iterator[str]:
     """The lines under the table: means, the single step, ragged input, and how many rows miss what."""
     judged = judge(entries)
     if any(j.entry["kind"] == "layer" for j in judged):
-        yield f"{'geometric mean of × torch':32}{'reached':>9}{'target':>8}"
+        yield f"{'geometric mean of × torch':32}{'reached':>9}{'target':>8}{'first calls':>13}"
     for (cell, mode), target in MEANS.items():
         rows = [j for j in judged if j.entry["kind"] == "layer" and j.entry["dtype"] == "float32"]
         rows = [j for j in rows if (j.entry["cell"], j.entry["mode"]) == (cell, mode)]
@@ -145,7 +152,8 @@ def summary(entries: list[Entry]) -> Iterator[str]:
         whole = shapes == set(SHAPES["layer"])
         note = "" if reached >= target else "  missed"
         title = f"{cell.upper()} {mode}, {len(rows)} rows"
-        yield f"{title:32}{reached:9.2f}{target:8.2f}{note if whole else '  (not of the ten shapes)'}"
+        figures = f"{reached:9.2f}{target:8.2f}{mean(j.first_ratio for j in rows):13.2f}"
+        yield f"{title:32}{figures}{note if whole else '  (not of the ten shapes)'}"
     for title, rows in (
         ("a single step, T = B = 1", [j for j in judged if j.entry["shape"][:2] == [1, 1]]),
         ("ragged packed input against dense steps", [j for j in judged if "dense_ms" in j.entry]),

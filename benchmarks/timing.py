@@ -29,26 +29,36 @@ def seconds_of(fn: Callable[[], object]) -> float:
 
 
 class Times(NamedTuple):
-    medians: dict[str, float]  # seconds of one call, by side
+    """Medians of the seconds of one call, by side."""
+
+    medians: dict[str, float]  # behind a call of its own
+    first: dict[str, float]  # behind another side's
     rounds: int
 
 
 def turn_by_turn(sides: Mapping[str, Callable[[], object]], seconds: float, least: int = 5, most: int = 5000) -> Times:
-    """Calls every side once a round, after a round to warm up, for about ``seconds`` and at least ``least`` rounds.
+    """Gives every side a turn a round, after a round to warm up, for about ``seconds`` and at least ``least`` rounds.
+
+    A turn is two calls, the second of which counts, as it would in a loop. The first finds caches, heap and threads as
+    another side has left them, which says more of that one: behind 100 ms of single small operators the team is asleep,
+    and others have taken the caches.
 
     Each round begins with another side: going first, or behind a large product, is worth some per cent.
     """
     names = list(sides)
     for name in names:
         sides[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
+    first: dict[str, list[float]] = {name: [] for name in names}
+    second: dict[str, list[float]] = {name: [] for name in names}
     begin, rounds = time.perf_counter(), 0
     while rounds < least or (rounds < most and time.perf_counter() - begin < seconds):
-        first = rounds % len(names)
-        for name in names[first:] + names[:first]:
-            times[name].append(seconds_of(sides[name]))
+        k = rounds % len(names)
+        for name in names[k:] + names[:k]:
+            first[name].append(seconds_of(sides[name]))
+            second[name].append(seconds_of(sides[name]))
         rounds += 1
-    return Times({name: statistics.median(values) for name, values in times.items()}, rounds)
+    medians, of_first = ({name: statistics.median(values) for name, values in t.items()} for t in (second, first))
+    return Times(medians, of_first, rounds)
 
 
 def _cpu_seconds_of_others() -> float:

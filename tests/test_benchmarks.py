@@ -208,6 +208,8 @@ def entry(**changes: Any) -> record.Entry:
         "ours_ms": 1.0,
         "torch_ms": 2.0,
         "limit_ms": 0.9,
+        "ours_first_ms": 1.0,
+        "torch_first_ms": 1.5,
         "error": 0.0,
         "rounds": 5,
         "disturbed": False,
@@ -219,6 +221,7 @@ def test_a_row_counts_in_the_better_of_its_runs() -> None:
     slow, fast = entry(torch_ms=0.8, limit_ms=0.5), entry(torch_ms=1.25, limit_ms=0.5, run=2)
     (judged,) = targets.judge([slow, fast])
     assert judged.ratio == pytest.approx(1.0)
+    assert judged.first_ratio == pytest.approx(1.5)
     speed, distance = judged.aims
     assert speed.met and speed.value == 1.25
     assert not distance.met and distance.value == 2.0
@@ -276,8 +279,15 @@ def test_sides_take_turns_in_going_first() -> None:
     called: list[str] = []
     sides = {name: lambda name=name: called.append(name) for name in "ab"}  # type: ignore[misc]
     times = turn_by_turn(sides, seconds=0, least=3)
-    assert "".join(called) == "ab" + "ab" + "ba" + "ab"
-    assert times.rounds == 3 and set(times.medians) == {"a", "b"}
+    assert "".join(called) == "ab" + "aabb" + "bbaa" + "aabb"
+    assert times.rounds == 3 and set(times.medians) == set(times.first) == {"a", "b"}
+
+
+def test_the_second_call_of_a_turn_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([1.0, 2.0] * 10)
+    monkeypatch.setattr("benchmarks.timing.seconds_of", lambda fn: next(seconds))
+    times = turn_by_turn({"a": list, "b": list}, seconds=0, least=5)
+    assert times.medians == {"a": 2.0, "b": 2.0} and times.first == {"a": 1.0, "b": 1.0}
 
 
 def test_a_disturbed_measurement_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
