@@ -13,15 +13,15 @@ from pyrnnfast.passes import CELLS as WIDTHS
 Operands = dict[str, Any]
 """The arguments of ``_cpu.forward`` or ``_cpu.backward`` by name, in order."""
 
-THRESHOLDS = ("chunk_rows", "unpacked_rows", "unpacked_step", "serial_operations", "rows_per_thread")
+THRESHOLDS = ("chunk_rows", "unpacked_rows", "serial_operations", "rows_per_thread")
 
-_PACKED = {"unpacked_rows": 0, "unpacked_step": 0}
+_PACKED = {"unpacked_rows": 0}
 # What the kernels decide by size, forced, so that small sizes take every road.
 SCHEDULES: dict[str, dict[str, int]] = {
     # Each step by itself, its input's product included, which only weights that are packed have.
     "chunks_of_one_step": {"chunk_rows": 1} | _PACKED,
     "chunks_of_7_rows": {"chunk_rows": 7},
-    "unpacked": {"unpacked_rows": 10**6, "unpacked_step": 10**6},
+    "unpacked": {"unpacked_rows": 10**6},
     "packed": _PACKED,
     # Rows cut into as many groups as there are threads, where threads would rather share the units.
     "groups_of_rows": {"rows_per_thread": 1, "chunk_rows": 64} | _PACKED,

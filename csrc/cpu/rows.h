@@ -111,7 +111,9 @@ void copy_row(const E* from, int64_t count, typename S::Scalar* to) {
 // The same, as narrow as it was.
 template <class S>
 void copy_row(const Bf16* from, int64_t count, Bf16* to) {
-  for (int64_t i = 0; i < padded<S>(count); ++i) to[i] = from != nullptr && i < count ? from[i] : Bf16{};
+  const int64_t there = from == nullptr ? 0 : count;
+  if (there > 0) __builtin_memcpy(to, from, there * sizeof(Bf16));
+  for (int64_t i = there; i < padded<S>(count); ++i) to[i] = Bf16{};
 }
 
 // And back, perhaps added to what is there.

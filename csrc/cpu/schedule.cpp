@@ -35,12 +35,12 @@ Threshold chunk_rows{"chunk_rows"};
 // Below this many operations a call takes about as long as waking a team does (some 2 µs, more after a pause).
 Threshold serial_operations{"serial_operations"};
 constexpr int64_t kSerialOperations = 4'000'000;
-// With so few rows in all, packing the weights costs more than it saves.
+// With so few rows in all, packing the weights costs more than it saves. Forward that depends on the instruction set
+// (kernel.h), and more rows are few where the weights are so large that packed ones come fresh from the system.
 Threshold unpacked_rows{"unpacked_rows"};
-constexpr int64_t kUnpackedRows = 8;
-// A single step reads its weights where they lie up to this batch size.
-Threshold unpacked_step{"unpacked_step"};
-constexpr int64_t kUnpackedStep = 64;
+constexpr int64_t kFarWeights = int64_t{16} << 20, kFewFarRows = 24;
+// Backward: of a single step, where a panel would be used once, and of several.
+constexpr int64_t kUnpackedStep = 16, kUnpackedSteps = 8;
 // With fewer rows than this a thread, tiles are too low to be efficient. Set: rows are shared before units.
 Threshold rows_per_thread{"rows_per_thread"};
 constexpr int64_t kRowsPerThread = 4;
@@ -175,21 +175,22 @@ int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dt
 
 int64_t gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
 
-Plan make_plan(const Forward& p) {
-  const int64_t rows = p.offsets[p.steps];
+Plan make_plan(const Forward& p, const InstructionSet& isa) {
+  const int64_t rows = p.offsets[p.steps], few = isa.few_rows[static_cast<int>(p.dtype)];
+  const bool from_far = gates_of(p.cell) * p.hidden * (p.hidden + p.inputs) * bytes_of(p.dtype) > kFarWeights;
   Plan plan{};
-  plan.packed =
-      rows > unpacked_rows.or_else(kUnpackedRows) && (p.steps > 1 || rows > unpacked_step.or_else(kUnpackedStep));
+  plan.packed = rows > unpacked_rows.or_else(from_far ? kFewFarRows : few);
   // Few, so that the chunk stays in the second cache; more where W_ih itself has to come from far away for each chunk.
   const bool far = gates_of(p.cell) * p.hidden * p.inputs >= (int64_t{2} << 20);
   plan.chunk_rows = chunk_rows.or_else(far ? 512 : 128);
   return plan;
 }
 
-Plan make_plan(const Backward& p) {
+Plan make_plan(const Backward& p, const InstructionSet&) {
   const int64_t rows = p.offsets[p.steps];
   Plan plan{};
-  plan.packed = rows > unpacked_rows.or_else(kUnpackedRows) || p.dtype == Dtype::bfloat16;
+  const int64_t few = p.steps == 1 ? kUnpackedStep : kUnpackedSteps;
+  plan.packed = rows > unpacked_rows.or_else(few) || p.dtype == Dtype::bfloat16;
   // Each chunk reads and writes dW once, and its dgates: this many rows balance the two.
   plan.chunk_rows = chunk_rows.or_else(std::clamp<int64_t>(p.inputs + p.hidden, 256, 512));
   // Read once a chunk, for dx: from the second chunk on packing pays.
@@ -274,7 +275,7 @@ struct Job {
 };
 
 template <class P>
-void run_kernel(const P& p, const Kernel<P>& kernel, int threads) {
+void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, int threads) {
   const int64_t rows = p.offsets[p.steps];
   const double operations =
       static_cast<double>(rows) * static_cast<double>(p.hidden) *
@@ -284,7 +285,7 @@ void run_kernel(const P& p, const Kernel<P>& kernel, int threads) {
     const auto bytes = static_cast<size_t>(rows * result.stride * bytes_of(p.dtype));
     if (bytes > kPerhapsFresh) wish_for_large_pages(result.data, bytes);
   }
-  Plan plan = make_plan(p);
+  Plan plan = make_plan(p, isa);
   // A chunk has at least one step.
   plan.chunk_rows = std::min(rows, std::max(plan.chunk_rows, p.batch));
   plan.threads = threads;
@@ -312,11 +313,13 @@ void run_kernel(const P& p, const Kernel<P>& kernel, int threads) {
 }  // namespace
 
 void run(const Forward& p, int threads) {
-  run_kernel(p, instruction_set_in_use().forward[static_cast<int>(p.cell)][static_cast<int>(p.dtype)], threads);
+  const InstructionSet& isa = instruction_set_in_use();
+  run_kernel(p, isa, isa.forward[static_cast<int>(p.cell)][static_cast<int>(p.dtype)], threads);
 }
 
 void run(const Backward& p, int threads) {
-  run_kernel(p, instruction_set_in_use().backward[static_cast<int>(p.cell)][static_cast<int>(p.dtype)], threads);
+  const InstructionSet& isa = instruction_set_in_use();
+  run_kernel(p, isa, isa.backward[static_cast<int>(p.cell)][static_cast<int>(p.dtype)], threads);
 }
 
 void run(const Product& p, int threads) {
@@ -336,7 +339,7 @@ void run(const Product& p, int threads) {
 }
 
 void set_threshold(const std::string& name, int64_t value) {
-  for (Threshold* threshold : {&chunk_rows, &unpacked_rows, &unpacked_step, &serial_operations, &rows_per_thread}) {
+  for (Threshold* threshold : {&chunk_rows, &unpacked_rows, &serial_operations, &rows_per_thread}) {
     if (name == threshold->name) {
       threshold->set = value;
       return;

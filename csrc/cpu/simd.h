@@ -55,6 +55,11 @@ struct Simd {
     const __m512i x = _mm512_set1_epi32(static_cast<int>(pair)), w = _mm512_loadu_si512(weights);
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
   }
+  // sum + the products of 2 · lanes elements and as many others, neighbours added up.
+  static Value add_products(const Bf16* a, const Bf16* b, Value sum) {
+    const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
+  }
 #else
   static constexpr bool has_pair_product = false;
 #endif
@@ -90,6 +95,12 @@ struct Simd {
       return;
     }
 #endif
+#if defined(__AVX2__)
+    if constexpr (Bytes == 32) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), lower_halves(rounded));
+      return;
+    }
+#endif
     for (int i = 0; i < lanes; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
   }
   // Two vectors lane by lane beside one another, (a₀ b₀) (a₁ b₁) …, which take an operation each to widen, not two.
@@ -105,13 +116,44 @@ struct Simd {
     *reinterpret_cast<UnalignedMask*>(p) =
         ((reinterpret_cast<Mask>(a) >> 16) & 0xFFFF) | (reinterpret_cast<Mask>(b) & ~0xFFFF);
   }
+  // Of parts, pairs go by masks of 32 bits, as there are none of 16 without more of AVX-512; the last one by itself.
   static Value load_part(const Bf16* p, int n) {
     Mask wide{};
+#if defined(__AVX512F__)
+    if constexpr (Bytes == 64) {
+      const __m256i pairs = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), first_of_8(n / 2));
+      wide = reinterpret_cast<Mask>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(pairs), 16));
+      return reinterpret_cast<Value>(numbers() == n - 1 ? Mask{} + (p[n - 1].bits << 16) : wide);
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (Bytes == 32) {
+      const __m128i pairs =
+          _mm_maskload_epi32(reinterpret_cast<const int*>(p), _mm256_castsi256_si128(first_of_8(n / 2)));
+      wide = reinterpret_cast<Mask>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(pairs), 16));
+      return reinterpret_cast<Value>(numbers() == n - 1 ? Mask{} + (p[n - 1].bits << 16) : wide);
+    }
+#endif
     for (int i = 0; i < n; ++i) wide[i] = p[i].bits << 16;
     return reinterpret_cast<Value>(wide);
   }
   static void store_part(Bf16* p, Value v, int n) {
     const Mask rounded = upper_half(v);
+#if defined(__AVX512F__)
+    if constexpr (Bytes == 64) {
+      const __m256i halves = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded));
+      _mm256_maskstore_epi32(reinterpret_cast<int*>(p), first_of_8(n / 2), halves);
+      p[n - 1].bits = static_cast<uint16_t>(rounded[n - 1]);
+      return;
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (Bytes == 32) {
+      _mm_maskstore_epi32(reinterpret_cast<int*>(p), _mm256_castsi256_si128(first_of_8(n / 2)), lower_halves(rounded));
+      p[n - 1].bits = static_cast<uint16_t>(rounded[n - 1]);
+      return;
+    }
+#endif
     for (int i = 0; i < n; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
   }
 
@@ -186,6 +228,17 @@ struct Simd {
     return v != v ? Mask{} + 0x7FC0 : rounded;
   }
 
+#if defined(__AVX2__)
+  static __m256i first_of_8(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  // Of lanes of 32 bits, whose upper halves are zero.
+  static __m128i lower_halves(Mask v) {
+    const __m256i all = reinterpret_cast<__m256i>(v);
+    return _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  }
+#endif
+
   template <int... I>
   struct Indices {};
   template <int N, int... I>
@@ -225,11 +278,12 @@ struct Simd {
     if constexpr (Width > 1) exchange<Width / 2>(v);
   }
 
-  static Mask first(int n) {
+  static Mask numbers() {
     Mask lane;
     for (int i = 0; i < lanes; ++i) lane[i] = i;
-    return lane < Mask{} + n;
+    return lane;
   }
+  static Mask first(int n) { return numbers() < Mask{} + n; }
 };
 
 }  // namespace

@@ -260,6 +260,12 @@ typename S::Value dots(const A* a, const P* weights, int64_t weight_stride, int 
       sum[i] = V{};
     }
     int64_t k = 0;
+    if constexpr (S::has_pair_product && sizeof(A) == sizeof(Bf16) && sizeof(P) == sizeof(Bf16)) {
+      for (; k + 2 * S::lanes <= depth; k += 2 * S::lanes) {
+#pragma GCC unroll 8
+        for (int i = 0; i < group; ++i) sum[i] = S::add_products(a + k, row[i] + k, sum[i]);
+      }
+    }
     for (; k + S::lanes <= depth; k += S::lanes) {
       const V x = S::load(a + k);
 #pragma GCC unroll 8
