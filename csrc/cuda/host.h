@@ -17,7 +17,7 @@
 namespace pyrnnfast {
 namespace {
 
-// Sleeps of random length around every wait and publication, so that blocks meet in orders that they seldom do.
+// Sleeps of random length where threads meet and where they load, so that blocks meet in orders that they seldom do.
 struct Delays {
   unsigned seed = 0;  // 0: none
 };

@@ -2,16 +2,15 @@
 //
 // A block owns kUnits hidden units of a group of sequences, and for a step computes
 //   product [weight rows, sequences] = its rows of the weights · exchange of the step before
-// by tensor cores, the depth shared among its warps; then a tail (the cell's equations) for each of its elements, which
-// writes its part of the next exchange. Forward, the exchange holds h; backward, the gate gradients, so that every
-// block computes ∂L/∂h of its own units.
+// by tensor cores, the depth shared among its warps; then a tail (tails.h) for each of its elements, which writes its
+// part of the next exchange.
 //
 // Blocks meet nowhere but in the exchange, where the data is its own flag: each number is a word of 32 bits that is
 // written at once, the low ones of which say of which step it is (Tagged, in numbers.h). A warp loads what it needs,
 // and again as long as not all of it is of the step. There are two exchanges, used by turns. Nobody writes one that is
 // still being read: before a block writes step s + 1, its warps together have seen step s of all blocks, and have met;
 // and those blocks had read the exchange of step s − 1 before. Neither fences nor flags are wanted, as nothing but the
-// words themselves is handed over. The exchanges begin with zeros, which have the tag of no step.
+// words themselves is handed over. The exchanges begin with zeros, which have the tag of a step that is far away.
 //
 // A Block gives the code its threads: on the device those of CUDA (device.cuh); in the tests loops, and a std::thread
 // for each block (host.h). `Each…` are what a lane, warp or thread keeps to itself. All loops over fragments that are
@@ -22,10 +21,8 @@
 // lane has as two products, of two words each.
 #pragma once
 
-#include <utility>
-
-#include "elements.h"
 #include "plan.h"
+#include "tails.h"
 
 namespace pyrnnfast {
 namespace {
@@ -73,206 +70,6 @@ struct Sums4 {
 // Of 16 rows of weights: those of rows `lane / 4` and `lane / 4 + 8`.
 struct WeightWords {
   Words low, high;
-};
-
-// What is the same in both passes: see pass.h, which fills it in.
-template <class E>
-struct SweepRun {
-  int64_t first, last;  // steps, in the order of the pass
-  bool descending;      // whether time goes down
-  // In 32 bits, as all of them are on the chip, and 64 take longer.
-  int unit_blocks, depth, half, spare_fragments;  // half: words of one exchange
-  bool starts_with_zeros;                         // the exchange of step 0 is not to be read
-  uint32_t* exchange;                             // [2, rows, depth], zeros before the first step
-  View<E> weights;
-
-  PYRNNFAST_HD int64_t time(const Flow& flow, int64_t step) const { return descending ? flow.steps - 1 - step : step; }
-  PYRNNFAST_HD uint32_t* exchange_row(int64_t step, int64_t row) const {
-    return exchange + ((static_cast<int>(step) & 1) * half + static_cast<int>(row) * depth);
-  }
-};
-
-// To where other blocks read it.
-PYRNNFAST_HD inline void hand_over(uint32_t* to, uint32_t word) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
-#else
-  __atomic_store_n(to, word, __ATOMIC_RELAXED);
-#endif
-}
-
-template <class Cell, class E>
-struct ForwardTail {
-  using A = Accumulator<E>;
-  using Number = E;
-  static constexpr bool served = sizeof(A) == sizeof(float);
-  static constexpr int weight_tiles = Cell::gates;
-  static constexpr int gates_of_exchange = 1;
-  static constexpr int summed = 0;
-
-  struct Run : SweepRun<E> {
-    ForwardLayer<Cell, E> layer;
-    View<E> h0, c0;    // [B, H]: before the first step; absent: zeros
-    View<E> h_n, c_n;  // after the last one; h_n between chunks too
-    View<A> c;         // between chunks
-
-    PYRNNFAST_HD int64_t last_sweep_step() const { return this->last; }
-  };
-
-  // What a thread keeps from step to step, all of whose elements are of one unit.
-  using OfUnit = Biases<Cell, A>;
-
-  // Of one element, from step to step and from one part of a step to the next.
-  struct Element {
-    A h, c;
-    typename ForwardLayer<Cell, E>::Ahead ahead;
-    StepForward<A> step;
-  };
-
-  // An element of the weights: row `row` of the tile, at `depth` of the exchange.
-  PYRNNFAST_HD static E weight(const Run& run, int64_t block, int tile, int row, int64_t depth) {
-    const int64_t unit = block * kUnits + row, hidden = run.layer.hidden;
-    return unit < hidden && depth < hidden ? run.weights(tile * hidden + unit, depth) : Rounded<E>::from(0);
-  }
-
-  PYRNNFAST_HD static void begin(const Run& run, OfUnit& bias, Element& e, int64_t row, int64_t unit) {
-    bias.read(run.layer.bias_ih, run.layer.bias_hh, run.layer.hidden, unit);
-    if (run.first > 0) {
-      e.h = widened(run.h_n(row, unit));
-      e.c = Cell::has_cell ? run.c(row, unit) : A(0);
-      return;
-    }
-    e.h = run.h0.present() ? A(widened(run.h0(row, unit))) : A(0);
-    e.c = Cell::has_cell && run.c0.present() ? A(widened(run.c0(row, unit))) : A(0);
-    if (!run.starts_with_zeros) write(run, 0, row, unit, e.h);
-  }
-
-  // Also of units that are none.
-  PYRNNFAST_HD static void write(const Run& run, int64_t step, int64_t row, int64_t unit, A h) {
-    hand_over(run.exchange_row(step, row) + unit, Tagged<E>::from(h, step));
-  }
-
-  // What the step wants from far away, before it waits for the others.
-  PYRNNFAST_HD static void fetch(const Run& run, int64_t step, Element& e, int64_t row, int64_t unit) {
-    e.ahead = run.layer.ahead(run.time(run.layer.flow, step), row, unit);
-  }
-
-  // What the others wait for.
-  PYRNNFAST_HD static void finish(const Run& run, int64_t step, const OfUnit& bias, Element& e, int64_t row,
-                                  int64_t unit, const A (&product)[weight_tiles]) {
-    if (e.ahead.here) e.step = run.layer.template step<FastMath<A>>(e.ahead, bias, product, e.h, e.c);
-    write(run, step + 1, row, unit, e.h);
-  }
-
-  PYRNNFAST_HD static void blank(const Run& run, int64_t step, int64_t row, int64_t unit) {
-    write(run, step, row, unit, A(0));
-  }
-
-  // What nobody waits for.
-  PYRNNFAST_HD static void store(const Run& run, Element& e, int64_t, int64_t unit) {
-    run.layer.store(e.ahead, unit, e.step);
-  }
-
-  PYRNNFAST_HD static void end(const Run& run, const Element& e, int64_t row, int64_t unit) {
-    run.h_n(row, unit) = Rounded<E>::from(e.h);
-    if (!Cell::has_cell) return;
-    if (run.last < run.layer.flow.steps) {
-      run.c(row, unit) = e.c;
-    } else {
-      run.c_n(row, unit) = Rounded<E>::from(e.c);
-    }
-  }
-};
-
-template <class Cell, class E>
-struct BackwardTail {
-  using A = Accumulator<E>;
-  using Number = E;
-  static constexpr bool served = sizeof(A) == sizeof(float);
-  static constexpr int weight_tiles = 1;
-  static constexpr int gates_of_exchange = Cell::gates;
-  static constexpr int summed = Cell::dgates;  // over time and sequences: the gradients of the biases
-
-  struct Run : SweepRun<E> {
-    BackwardLayer<Cell, E> layer;
-    View<E> grad_h_n, grad_c_n;  // [B, H]; absent: zeros
-    View<E> dh0, dc0;            // out; absent where nobody wants them
-    View<A> dh, carry;           // between chunks
-    bool states;                 // whether anybody wants the gradients of the initial states
-    A* sums;                     // [row groups, dgates · H] of gate gradients; null where nobody wants them
-
-    // One more product than there are steps gives ∂L/∂h0.
-    PYRNNFAST_HD int64_t last_sweep_step() const {
-      return states && this->last == layer.flow.steps ? this->last + 1 : this->last;
-    }
-  };
-
-  struct OfUnit {};
-
-  struct Element {
-    A carry, product;
-    A dh;  // ∂L/∂h0, but for what the carry adds
-    A sum[summed];
-    typename BackwardLayer<Cell, E>::Ahead ahead;
-    StepBackward<A> step;
-  };
-
-  // At `depth` of the exchange: for each block, for each gate, its units.
-  PYRNNFAST_HD static E weight(const Run& run, int64_t block, int, int row, int64_t depth) {
-    const int64_t unit = block * kUnits + row, gate = depth / kUnits % Cell::gates, hidden = run.layer.hidden;
-    const int64_t source = depth / (kUnits * Cell::gates) * kUnits + depth % kUnits;
-    return unit < hidden && source < hidden ? run.weights(gate * hidden + source, unit) : Rounded<E>::from(0);
-  }
-
-  PYRNNFAST_HD static void begin(const Run& run, OfUnit&, Element& e, int64_t row, int64_t unit) {
-    if (run.first > 0) {
-      e.carry = Cell::has_carry ? run.carry(row, unit) : A(0);
-      e.dh = run.states ? run.dh(row, unit) : A(0);
-      return;
-    }
-    // The GRU's ∂L/∂h_n comes in the place of the product.
-    e.carry = Cell::has_cell && run.grad_c_n.present() ? A(widened(run.grad_c_n(row, unit))) : A(0);
-    // Sequences without a step keep it.
-    e.dh = run.grad_h_n.present() ? A(widened(run.grad_h_n(row, unit))) : A(0);
-  }
-
-  PYRNNFAST_HD static void fetch(const Run& run, int64_t step, Element& e, int64_t row, int64_t unit) {
-    e.ahead = run.layer.ahead(run.time(run.layer.flow, step), row, unit);
-  }
-
-  PYRNNFAST_HD static void finish(const Run& run, int64_t step, const OfUnit&, Element& e, int64_t row, int64_t unit,
-                                  const A (&product)[weight_tiles]) {
-    e.product = product[0];
-    e.step = run.layer.template step<FastMath<A>>(e.ahead, product[0], e.carry);
-    write(run, step + 1, row, unit, e.step, std::make_integer_sequence<int, Cell::gates>{});
-  }
-
-  PYRNNFAST_HD static void blank(const Run& run, int64_t step, int64_t row, int64_t unit) {
-    write(run, step, row, unit, StepBackward<A>{}, std::make_integer_sequence<int, Cell::gates>{});
-  }
-
-  template <int... Gate>
-  PYRNNFAST_HD static void write(const Run& run, int64_t step, int64_t row, int64_t unit, const StepBackward<A>& s,
-                                 std::integer_sequence<int, Gate...>) {
-    uint32_t* const to = run.exchange_row(step, row) + unit / kUnits * (kUnits * Cell::gates) + unit % kUnits;
-    (hand_over(to + Gate * kUnits, Tagged<E>::from(s.dgates[RecurrentDgate<Cell, Gate>::value], step)), ...);
-  }
-
-  PYRNNFAST_HD static void store(const Run& run, Element& e, int64_t, int64_t unit) {
-    if (!e.ahead.here && e.ahead.from_later) e.dh = e.ahead.passed_on ? e.product : A(0);
-    for (int k = 0; k < summed; ++k) e.sum[k] += e.step.dgates[k];
-    run.layer.store(e.ahead, unit, e.step);
-  }
-
-  PYRNNFAST_HD static void end(const Run& run, const Element& e, int64_t row, int64_t unit) {
-    if (run.last < run.layer.flow.steps) {
-      if (Cell::has_carry) run.carry(row, unit) = e.carry;
-      if (run.states) run.dh(row, unit) = e.dh;
-      return;
-    }
-    if (run.dh0.present()) run.dh0(row, unit) = Rounded<E>::from(Cell::has_cell ? e.dh : e.dh + e.carry);
-    if (Cell::has_cell && run.dc0.present()) run.dc0(row, unit) = Rounded<E>::from(e.carry);
-  }
 };
 
 // `block`: the number of its units; `group`: of its sequences.

@@ -33,7 +33,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "no_wait": ("persistent.h", _LOADED, "while (block.all(arrived), false);"),
     "waits_for_no_step_in_particular": ("numbers.h", _TAGGED, "static_cast<uint32_t>(step > 0) + 1"),
     "looks_at_one_of_several": ("persistent.h", "(one | other)", "(words.word[0] ^ tag)"),
-    "one_exchange": ("persistent.h", "(static_cast<int>(step) & 1) * half", "0 * half"),
+    "one_exchange": ("tails.h", "(static_cast<int>(step) & 1) * half", "0 * half"),
 }
 DEADLOCKS: dict[str, tuple[str, str, str]] = {
     "waits_for_the_step_after": (
@@ -41,9 +41,9 @@ DEADLOCKS: dict[str, tuple[str, str, str]] = {
         "const auto tag = Tagged<E>::tag(step);",
         "const auto tag = Tagged<E>::tag(step + 1);",
     ),
-    "hands_nothing_over": ("persistent.h", "write(run, step + 1, row, unit, e.h);", ""),
+    "hands_nothing_over": ("tails.h", "write(run, step + 1, row, unit, e.h);", ""),
     "forgets_units_that_are_none": (
-        "persistent.h",
+        "tails.h",
         "write(run, step, row, unit, A(0));",
         "(void)run, (void)step, (void)row, (void)unit;",
     ),

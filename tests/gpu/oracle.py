@@ -143,10 +143,11 @@ def as_decided(case: Case, found: dict[str, Tensor]) -> dict[str, Tensor]:
     if case != Case(case.cell, case.steps, case.batch, case.inputs, case.hidden, bias=case.bias, initial=case.initial):
         return {}
     dtype = found["y"].dtype
-    leaves = [t.detach().double().requires_grad_() for t in (lambda x, s: (x, *s))(*case.operands(dtype))]
+    x, states = case.operands(dtype)
+    x, *states = (t.detach().double().requires_grad_() for t in (x, *states))
     module = case.module(torch.nn, dtype).double()
     weights = case.weights(module)[0][0]
-    x, states, above = leaves[0], tuple(leaves[1:]), (found["y"] > 0).cpu()
+    above = (found["y"] > 0).cpu()
     h = states[0][0] if states else x.new_zeros(case.batch, case.hidden)
     y = []
     for t in range(case.steps):
@@ -154,7 +155,7 @@ def as_decided(case: Case, found: dict[str, Tensor]) -> dict[str, Tensor]:
         h = (linear(x[t], weights[0], weights[2]) + linear(h, weights[1], weights[3])) * above[t]
         y.append(h)
     outputs = {"y": torch.stack(y), "h_n": h.unsqueeze(0)}
-    results = with_gradients(module, x, states, outputs, dtype)
+    results = with_gradients(module, x, tuple(states), outputs, dtype)
     return {name: t.to(DEVICE) for name, t in results.items() if name.startswith("grad")}
 
 
