@@ -34,8 +34,9 @@ class Entry(TypedDict):
     ours_ms: float
     torch_ms: float
     limit_ms: float
-    ours_first_ms: float  # of a call behind the other side's; the others are behind a call of their own
-    torch_first_ms: float
+    # Of a call behind the other side's; all others are behind a call of their own. Old records have such alone.
+    ours_first_ms: NotRequired[float]
+    torch_first_ms: NotRequired[float]
     torch_cell_ms: NotRequired[float]
     ours_float32_ms: NotRequired[float]
     dense_ms: NotRequired[float]  # our dense training steps at the batches of a ragged row's steps, summed

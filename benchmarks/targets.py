@@ -51,7 +51,7 @@ def ratio(entry: Entry) -> float:
 
 def first_ratio(entry: Entry) -> float:
     """The same of calls behind the other side's."""
-    return entry["torch_first_ms"] / entry["ours_first_ms"]
+    return entry["torch_first_ms"] / entry["ours_first_ms"] if "torch_first_ms" in entry else ratio(entry)
 
 
 def distance(entry: Entry) -> float:

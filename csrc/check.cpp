@@ -91,7 +91,7 @@ class Door {
     Matrix m = contiguous_rows(part, name, rows, columns);
     if (!(directions == 1 || o.stride[0] >= (rows - 1) * m.stride + columns))
       fail(name, ": directions must not overlap");
-    m.data = static_cast<char*>(m.data) + d * o.stride[0] * element_bytes();
+    m.data = static_cast<char*>(m.data) + d * o.stride[0] * bytes_of(type_);
     return m;
   }
 
@@ -112,7 +112,7 @@ class Door {
 
   // Columns [first, first + …) of a matrix.
   Matrix columns_from(const Matrix& m, int64_t first) const {
-    return {m.data == nullptr ? nullptr : static_cast<char*>(m.data) + first * element_bytes(), m.stride};
+    return {m.data == nullptr ? nullptr : static_cast<char*>(m.data) + first * bytes_of(type_), m.stride};
   }
 
  private:
@@ -143,8 +143,6 @@ class Door {
     if (!(rows == 1 || stride >= columns)) fail(name, ": rows must not overlap");
     return {o.data, stride};
   }
-
-  int64_t element_bytes() const { return type_ == ElementType::float64 ? 8 : type_ == ElementType::float32 ? 4 : 2; }
 
   ElementType type_;
   int device_;
@@ -271,6 +269,8 @@ Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Ru
 }
 
 }  // namespace
+
+int64_t bytes_of(ElementType type) { return type == ElementType::float64 ? 8 : type == ElementType::float32 ? 4 : 2; }
 
 const Widths& widths_of(CellKind cell) {
   switch (cell) {

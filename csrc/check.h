@@ -28,6 +28,9 @@ struct Rules {
 };
 inline constexpr Rules kCpuRules{Memory::cpu, false, false}, kCudaRules{Memory::cuda, true, true};
 
+// Of the types that the kernels know.
+int64_t bytes_of(ElementType type);
+
 // A tensor as it was handed over; `data` may be anything until it has been checked.
 struct Operand {
   bool present = false;

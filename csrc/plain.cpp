@@ -16,8 +16,6 @@ namespace py = pybind11;
 namespace pyrnnfast {
 namespace {
 
-int64_t bytes_of(ElementType type) { return type == ElementType::float64 ? 8 : type == ElementType::float32 ? 4 : 2; }
-
 std::vector<Operand> weights_of_layer(const std::vector<Operand>& all, const Form& form, int64_t layer) {
   const auto begin = all.begin() + 4 * layer * form.directions;
   return {begin, begin + 4 * form.directions};
@@ -207,21 +205,22 @@ py::tuple backward_plain(const PlainCall& call, const py::tuple& needs, py::hand
     return o;
   };
   size_t next = 0;
-  const auto read_kept = [&](int64_t rows, int64_t columns) {
+  const auto read_kept = [&](int64_t rows, int64_t columns, ElementType type) {
     Operand o;
     require(next < kept.size() && reader.read(kept[next++], 2, o), "kept");
-    require(o.shape[0] == rows && o.shape[1] == columns, "kept");
+    // Of its parts the door sees no more than their addresses.
+    require(o.shape[0] == rows && o.shape[1] == columns && o.type == type, "kept");
     return o;
   };
   s.h0 = read_states(h0, "h0");
   s.c0 = read_states(c0, "c0");
-  if (s.form.widths->saved > 0) s.gates = read_kept(s.form.runs() * N, s.kept_columns() * H);
-  if (s.cells_apart()) s.cells = read_kept(s.form.runs() * N, H);
+  if (s.form.widths->saved > 0) s.gates = read_kept(s.form.runs() * N, s.kept_columns() * H, s.x.type);
+  if (s.cells_apart()) s.cells = read_kept(s.form.runs() * N, H, ElementType::float32);
   s.slots = s.form.layers - 1;
-  if (s.slots > 0) s.outputs = read_kept(s.slots * N, width);
+  if (s.slots > 0) s.outputs = read_kept(s.slots * N, width, s.x.type);
   require(next == kept.size(), "kept");
   s.y = read_rows(y, "y");
-  if (!s.y.present && s.gates.present) s.y = part_of(s.gates, 0, N, 0, H);  // for its size
+  if (!s.y.present && s.form.single_step && s.gates.present) s.y = part_of(s.gates, 0, N, 0, H);  // for its size
   const Operand grad_y = of_y == 0 ? Operand{} : read_rows(upstream[0], "grad_y");
   const Operand grad_h_n = read_states(upstream[of_y], "grad_h_n");
   const Operand grad_c_n = s.has_cell() ? read_states(upstream[of_y + 1], "grad_c_n") : Operand{};

@@ -1,6 +1,8 @@
 // The tensors of plain calls; see plain_tensors.h.
 #include "plain_tensors.h"
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include <stdexcept>
 #include <utility>
 
@@ -53,7 +55,6 @@ py::object new_empty_of(py::handle like, Sizes... sizes) {
 
 }  // namespace
 
-// Whether it is one; what is true by other rules of Python than `is True` is torch's to judge.
 bool read_form(const py::tuple& given, Form& form) {
   if (given.size() != 5 || !PyUnicode_Check(py::handle(given[0]).ptr())) return false;
   form.cell = given[0].cast<std::string>();
@@ -77,7 +78,9 @@ bool read_form(const py::tuple& given, Form& form) {
 }
 
 bool Reader::read(py::handle tensor, int dimensions, Operand& o) {
-  return plain(tensor, o) && o.dimensions == dimensions && compact(tensor, o);
+  if (!plain(tensor, o) || o.dimensions != dimensions) return false;
+  compact(tensor, o);
+  return true;
 }
 
 bool Reader::read_rows(py::handle tensor, Layout layout, Operand& o) {
@@ -115,14 +118,14 @@ bool Reader::read_weights(const py::tuple& given, const Form& form, std::vector<
 
 // The tensor becomes what has been read, where it had to be resolved.
 bool Reader::plain(py::handle& tensor, Operand& o) {
-  const auto read_it = [&] { return read_plain_tensor(tensor, types_, o) && o.memory == Memory::cpu; };
-  if (read_it()) return true;
-  if (!resolve_) return false;
-  if (py::hasattr(tensor, "resolve_neg")) {
-    tensor = keep(tensor.attr("resolve_neg")());
-    if (read_it()) return true;
+  const bool is_plain = read_plain_tensor(tensor, types_, o);
+  if (!is_plain && resolve_) {
+    if (py::hasattr(tensor, "resolve_neg")) tensor = keep(tensor.attr("resolve_neg")());
+    o = read_tensor(tensor, "what was saved, or a gradient,");
   }
-  throw std::invalid_argument("backward: what was saved, or a gradient, is no plain CPU tensor of the dtypes served");
+  if ((is_plain || resolve_) && o.memory == Memory::cpu && o.data != nullptr) return true;
+  if (resolve_) throw std::invalid_argument("backward: what was saved, or a gradient, has no memory on the CPU");
+  return false;
 }
 
 bool Reader::place(py::handle tensor, Layout layout, Operand& o) {
@@ -130,7 +133,8 @@ bool Reader::place(py::handle tensor, Layout layout, Operand& o) {
   if (o.dimensions != (three ? 3 : 2)) return false;
   if (layout == Layout::batch_first) {
     exchange_time_and_batch(o);
-    return is_contiguous(o) || compact(keep(tensor.attr("transpose")(0, 1)), o);
+    if (!is_contiguous(o)) compact(keep(tensor.attr("transpose")(0, 1)), o);
+    return true;
   }
   compact(tensor, o);
   if (layout == Layout::unbatched) insert_batch(o);
@@ -138,9 +142,8 @@ bool Reader::place(py::handle tensor, Layout layout, Operand& o) {
 }
 
 // After which o is contiguous.
-bool Reader::compact(py::handle tensor, Operand& o) {
+void Reader::compact(py::handle tensor, Operand& o) {
   if (!is_contiguous(o)) o = read_tensor(keep(tensor.attr("contiguous")()), "tensor");
-  return true;
 }
 
 py::handle Reader::keep(py::object tensor) {
@@ -161,9 +164,11 @@ py::object new_empty(py::handle like, const int64_t* sizes, int dimensions) {
 py::object new_matrix(py::handle like, int64_t rows, int64_t columns, bool wide) {
   if (!wide) return new_empty_of(like, rows, columns);
   static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
-  static PyObject* const dtype = py::object(py::module_::import("torch").attr("float32")).release().ptr();
+  // An import runs Python, and may let go of the GIL: no other thread may wait for it with the GIL in hand.
+  static py::gil_safe_call_once_and_store<py::object> float32;
+  float32.call_once_and_store_result([] { return py::object(py::module_::import("torch").attr("float32")); });
   const py::int_ sizes[] = {rows, columns};
-  PyObject* const stack[] = {like.ptr(), sizes[0].ptr(), sizes[1].ptr(), dtype};
+  PyObject* const stack[] = {like.ptr(), sizes[0].ptr(), sizes[1].ptr(), float32.get_stored().ptr()};
   return call_method(new_empty_name(), stack, 2, keywords);
 }
 

@@ -31,8 +31,8 @@ enum class Layout { step, packed, unbatched, time_major, batch_first };
 // Reads tensors, and keeps what it has to copy for that.
 class Reader {
  public:
-  // Where `resolve` says so, a tensor that is lazily negated is resolved, and one that is not plain refused by
-  // std::invalid_argument.
+  // Where `resolve` says so, tensors may be of other types, too, and those that are lazily negated are resolved; what
+  // cannot be read is refused by an exception.
   Reader(const pybind11::tuple& types, bool resolve) : types_(types), resolve_(resolve) {}
 
   // Whether it is a plain CPU tensor of so many dimensions; if so, `o` is it, or a copy, contiguous.
@@ -49,7 +49,7 @@ class Reader {
  private:
   bool plain(pybind11::handle& tensor, Operand& o);
   bool place(pybind11::handle tensor, Layout layout, Operand& o);
-  bool compact(pybind11::handle tensor, Operand& o);
+  void compact(pybind11::handle tensor, Operand& o);
   pybind11::handle keep(pybind11::object tensor);
 
   const pybind11::tuple& types_;

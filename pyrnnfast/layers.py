@@ -60,7 +60,7 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
         return _run_step(spec, asked, input, hx, weights)
     if isinstance(input, PackedSequence):
         x, batch_sizes = input.data, input.batch_sizes
-        found = _run_layers(spec, asked, x, batch_sizes, permuted(hx, input.sorted_indices), weights)
+        found = _run_layers(spec, asked, x, savable(batch_sizes), permuted(hx, input.sorted_indices), weights)
         output, cells = (
             None if t is None else PackedSequence(t, batch_sizes, input.sorted_indices, input.unsorted_indices)
             for t in (found.output, found.cells)
@@ -166,8 +166,8 @@ def _run_masked(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Sequ
     if lengths is not None and lengths.is_cpu:
         _check_values(lengths, x.shape[0])
     own = Mask(
-        None if lengths is None else _savable(lengths.to(x.device, torch.int64, non_blocking=True).contiguous()),
-        None if reset is None else _savable((reset.t() if spec.batch_first else reset).to(x.device, non_blocking=True)),
+        None if lengths is None else savable(lengths.to(x.device, torch.int64, non_blocking=True).contiguous()),
+        None if reset is None else savable((reset.t() if spec.batch_first else reset).to(x.device, non_blocking=True)),
     )
     found = _run_layers(spec, asked, x, own, hx, weights)
     output, cells = (
@@ -186,7 +186,7 @@ def _check_values(lengths: Tensor, steps: int) -> None:
         )
 
 
-def _savable(t: Tensor) -> Tensor:
+def savable(t: Tensor) -> Tensor:
     """For backward, which takes no tensors of inference mode; a graph makes its own."""
     if torch.compiler.is_compiling():
         return t

@@ -41,7 +41,10 @@ def call(
     if isinstance(input, PackedSequence):
         x, batch_sizes, order, back = input
         if order is not None and hx is not None:
-            if not all(isinstance(s, Tensor) and s.dim() == 3 for s in (hx if isinstance(hx, tuple) else (hx,))):
+            states = hx if isinstance(hx, tuple) else (hx,)
+            if len(states) != (2 if form[0] == "lstm" else 1):
+                return None
+            if not all(isinstance(s, Tensor) and s.dim() == 3 and s.shape[1:2] == order.shape for s in states):
                 return None
             hx = layers.permuted(hx, order)
     weights = tuple(weights)
@@ -62,7 +65,8 @@ def call(
     results, kept = found
     if kept is not None:
         h0, c0 = hx if form[0] == "lstm" and hx is not None else (hx, None)
-        results = _apply(form, results, kept, x, batch_sizes, h0, c0, *weights)
+        sizes = None if batch_sizes is None else layers.savable(batch_sizes)
+        results = _apply(form, results, kept, x, sizes, h0, c0, *weights)
         if form[0] == "lstm":
             results = (results[0], results[1:]) if len(results) == 3 else results
         elif form[3]:

@@ -74,7 +74,7 @@ struct InstructionSet {
   const char* name;
   Kernel<Forward> forward[kCellKinds][kCpuDtypes];
   Kernel<Backward> backward[kCellKinds][kCpuDtypes];
-  // Up to so many rows in all, the forward pass does better with weights read where they lie than with packed ones.
+  // Up to so many rows, a single step forward does better with weights read where they lie than with packed ones.
   int64_t few_rows[kCpuDtypes];
   // For benchmarks and tests, in float32 and float64.
   ActivationFn activation[2][2];

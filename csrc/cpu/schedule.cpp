@@ -35,12 +35,12 @@ Threshold chunk_rows{"chunk_rows"};
 // Below this many operations a call takes about as long as waking a team does (some 2 µs, more after a pause).
 Threshold serial_operations{"serial_operations"};
 constexpr int64_t kSerialOperations = 4'000'000;
-// With so few rows in all, packing the weights costs more than it saves. Forward that depends on the instruction set
-// (kernel.h), and more rows are few where the weights are so large that packed ones come fresh from the system.
+// With so few rows in all, packing the weights costs more than it saves: of several steps, and of a single one, where a
+// panel would be used once. Forward that depends on the instruction set (kernel.h), and more rows are few where the
+// weights are so large that packed ones come fresh from the system.
 Threshold unpacked_rows{"unpacked_rows"};
+constexpr int64_t kUnpackedSteps = 8, kUnpackedBackwardStep = 16;
 constexpr int64_t kFarWeights = int64_t{16} << 20, kFewFarRows = 24;
-// Backward: of a single step, where a panel would be used once, and of several.
-constexpr int64_t kUnpackedStep = 16, kUnpackedSteps = 8;
 // With fewer rows than this a thread, tiles are too low to be efficient. Set: rows are shared before units.
 Threshold rows_per_thread{"rows_per_thread"};
 constexpr int64_t kRowsPerThread = 4;
@@ -179,7 +179,8 @@ Plan make_plan(const Forward& p, const InstructionSet& isa) {
   const int64_t rows = p.offsets[p.steps], few = isa.few_rows[static_cast<int>(p.dtype)];
   const bool from_far = gates_of(p.cell) * p.hidden * (p.hidden + p.inputs) * bytes_of(p.dtype) > kFarWeights;
   Plan plan{};
-  plan.packed = rows > unpacked_rows.or_else(from_far ? kFewFarRows : few);
+  // Of several steps, each would read weights that are not packed anew.
+  plan.packed = rows > unpacked_rows.or_else(p.steps > 1 ? kUnpackedSteps : from_far ? kFewFarRows : few);
   // Few, so that the chunk stays in the second cache; more where W_ih itself has to come from far away for each chunk.
   const bool far = gates_of(p.cell) * p.hidden * p.inputs >= (int64_t{2} << 20);
   plan.chunk_rows = chunk_rows.or_else(far ? 512 : 128);
@@ -189,7 +190,7 @@ Plan make_plan(const Forward& p, const InstructionSet& isa) {
 Plan make_plan(const Backward& p, const InstructionSet&) {
   const int64_t rows = p.offsets[p.steps];
   Plan plan{};
-  const int64_t few = p.steps == 1 ? kUnpackedStep : kUnpackedSteps;
+  const int64_t few = p.steps == 1 ? kUnpackedBackwardStep : kUnpackedSteps;
   plan.packed = rows > unpacked_rows.or_else(few) || p.dtype == Dtype::bfloat16;
   // Each chunk reads and writes dW once, and its dgates: this many rows balance the two.
   plan.chunk_rows = chunk_rows.or_else(std::clamp<int64_t>(p.inputs + p.hidden, 256, 512));

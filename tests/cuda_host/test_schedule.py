@@ -120,7 +120,7 @@ def test_no_access_races_another(tmp_path: Path) -> None:
 
 def test_a_race_is_seen(tmp_path: Path) -> None:
     # The words that blocks hand over are atomic; what else they might share is not.
-    plain = ("persistent.h", "__atomic_store_n(to, word, __ATOMIC_RELAXED);", "*to = word;")
+    plain = ("tails.h", "__atomic_store_n(to, word, __ATOMIC_RELAXED);", "*to = word;")
     count, text = races(build(tmp_path, plain, "-g", "-fsanitize=thread"), 1)
     assert count > 0
     assert "persistent.h" in text
