@@ -1,4 +1,4 @@
-"""A recurrent layer as a differentiable function: the form of plain eager calls.
+"""A recurrent layer as a differentiable function: the form of eager calls that plain.py does not take.
 
 The first derivative is :mod:`pyrnnfast.passes`; one that has to be differentiated itself goes through
 :mod:`pyrnnfast.reference`. Under torch.compile and torch.func other forms are at work: ops.py and transforms.py.
