@@ -20,16 +20,16 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import pyrnnfast
 
-from . import record
+from . import __main__, record
+from .__main__ import difference
 from .rows import CELLS, MODES
 from .targets import LEAST, mean
 from .timing import thread_count, turn_by_turn, undisturbed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
-# Units in the last place of the largest value, as in __main__; bfloat16 is rounded at every step by torch, not by us.
-TOLERANCE = {
-    "float32": 2**10 * torch.finfo(torch.float32).eps,
+# As of one layer, but for bfloat16, which torch rounds at every step of up to three.
+TOLERANCE = __main__.TOLERANCE | {
     "float64": 2**10 * torch.finfo(torch.float64).eps,
     "bfloat16": 2**5 * torch.finfo(torch.bfloat16).eps,
 }
@@ -124,9 +124,8 @@ def sides(call: Call) -> dict[str, Callable[[], list[Tensor]]]:
 def verify(call: Call, both: dict[str, Callable[[], list[Tensor]]]) -> None:
     """Exits where the two sides differ by more than rounding."""
     for found, expected in zip(both["ours"](), both["torch"](), strict=True):
-        largest = max(expected.abs().max().item(), 1e-30)
-        error = (found.double() - expected.double()).abs().max().item() / largest
-        if not error <= TOLERANCE[call.dtype]:
+        error = difference(found, expected)
+        if not error <= TOLERANCE[call.dtype]:  # nor NaN
             raise SystemExit(f"{call}: ours and torch differ by {error:.1e}; nothing timed")
 
 
