@@ -68,10 +68,13 @@ def run_row(row: Row, run: int, machine: Machine, watch: Watch, seconds: float, 
             raise SystemExit(f"{row}: {reason}") from reason
         error = verify(row, sides)
         times, disturbed = undisturbed(lambda: turn_by_turn(sides, seconds, least), row.threads, watch)
-    return _entry(row, run, times, limit_ms, error, disturbed)
+        meeting_us = watch.meeting() * 1e6
+    return _entry(row, run, times, limit_ms, error, meeting_us, disturbed)
 
 
-def _entry(row: Row, run: int, times: Times, limit_ms: float, error: float, disturbed: bool) -> Entry:
+def _entry(
+    row: Row, run: int, times: Times, limit_ms: float, error: float, meeting_us: float, disturbed: bool
+) -> Entry:
     ms, first_ms = ({name: round(1e3 * value, 5) for name, value in t.items()} for t in (times.medians, times.first))
     entry: Entry = Entry(
         **(asdict(row) | {"shape": list(row.shape)}),  # type: ignore[typeddict-item]
@@ -84,6 +87,7 @@ def _entry(row: Row, run: int, times: Times, limit_ms: float, error: float, dist
         torch_first_ms=first_ms["torch"],
         error=error,
         rounds=times.rounds,
+        meeting_us=round(meeting_us, 3),
         disturbed=disturbed,
     )
     if "torch_cell" in ms:
@@ -144,6 +148,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of each row in each run; default: 0.75")
     parser.add_argument("--runs", type=int, help="times over all rows, of which the better one counts; default: 2")
     parser.add_argument("--quick", action="store_true", help="one short run, for a first look")
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="time rows of several threads while their cores share no cache, instead of while they do",
+    )
     parser.add_argument("--isa", choices=HELD_TO, help="hold both sides to this instruction set")
     parser.add_argument("--out", help="write benchmarks/results/NAME.json")
     options = parser.parse_args(arguments)
@@ -177,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(str(error)) from error
     print(f"{record.processor()}, torch {torch.__version__}, instruction set {_cpu.instruction_set()}")
-    machine, watches = Machine(), {n: Watch(n) for n in options.threads}
+    machine, watches = Machine(), {n: Watch(n, options.apart and n > 1) for n in options.threads}
     for n, dtype in sorted({(row.threads, row.dtype) for row in chosen}):
         print(f"peak of matrix products, {dtype}, {n} thread(s): {machine.peak(n, dtype) / 1e9:.0f} GFLOP/s")
     entries: list[Entry] = []
@@ -195,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
             "runs": options.runs,
             "least_rounds": options.least,
             "threads": options.threads,
+            "apart": options.apart,
             "environment": {name: os.environ[name] for name in HELD_TO["avx2"] if name in os.environ},
         }
         figures = {name: round(value, 4) for name, value in machine.measured.items()}

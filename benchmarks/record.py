@@ -43,7 +43,8 @@ class Entry(TypedDict):
     ours_beside_dense_ms: NotRequired[float]  # the ragged row timed among those
     error: float  # the largest difference of the two sides, relative to the largest value
     rounds: int
-    disturbed: bool  # a core was stolen around every attempt
+    meeting_us: NotRequired[float]  # of a barrier of the threads, behind the row: how far apart their cores stood
+    disturbed: bool  # around every attempt a core was stolen, or stood elsewhere than it should
 
 
 def processor() -> str:

@@ -11,6 +11,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from pyrnnfast import _cpu
+
 
 @contextlib.contextmanager
 def thread_count(threads: int) -> Iterator[None]:
@@ -85,37 +87,74 @@ def undisturbed(
         begin, others = time.perf_counter(), _cpu_seconds_of_others()
         result = measure()
         taken = (_cpu_seconds_of_others() - others) / (time.perf_counter() - begin)
-        if taken <= free and before and (watch is None or watch.steady()):
+        if taken <= free and before and (watch is None or watch.undisturbed()):
             return result, False
     return result, True
 
 
 class Watch:
-    """Notices that the cores do not deliver what they did, as when a neighbour on the machine takes one of them.
+    """Notices that the cores do not deliver what they did, or stand elsewhere than they did.
 
-    The measure is a matrix product of some milliseconds on all the threads: without one of the cores it takes about
-    twice as long. A spinning team of threads suffers much more than that, so what is timed meanwhile is worthless.
+    They do not deliver when a neighbour on the machine takes one of them. The measure is a matrix product of some
+    milliseconds on all the threads: without one of the cores it takes about twice as long. A spinning team of threads
+    suffers much more than that, so what is timed meanwhile is worthless.
+
+    Where they stand changes on a virtual machine: its host moves them, now on cores that share a cache, now on ones
+    that do not. In the latter case a barrier takes ten times as long (0.3 μs), and a step of a small recurrence, which
+    has one, up to twice. The two are not to be mixed.
+
+    Args:
+        threads: on which all this is measured; a single one stands nowhere
+        apart: what is timed is to be timed on cores that stand apart, instead of ones near to each other
+        patience: seconds to wait for cores to come to stand so, in all
     """
 
     _SIZE = 512
     _LOWEST = 0.8  # of the usual speed
+    _APART = 3.0  # times the shortest meeting that was seen
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, apart: bool = False, patience: float = 900.0) -> None:
         self.threads = threads
+        self.apart = apart
+        self.patience = patience
         self._a, self._b, self._out = (torch.ones(self._SIZE, self._SIZE) for _ in range(3))
         self._usual, _ = undisturbed(lambda: self._median(60), threads, attempts=20)
+        self._shortest = self.meeting()
 
     def _median(self, samples: int) -> float:
         with thread_count(self.threads):
             product = partial(torch.mm, self._a, self._b, out=self._out)
             return statistics.median(seconds_of(product) for _ in range(samples))
 
+    def meeting(self) -> float:
+        """Seconds of a barrier of the threads."""
+        with thread_count(self.threads):
+            return min(_cpu.seconds_to_meet(self.threads, 100) for _ in range(10))
+
     def steady(self) -> bool:
         return self._median(5) * self._LOWEST <= self._usual
 
+    def in_place(self) -> bool:
+        """Whether the cores stand as they should; true as long as cores that stand apart have seen no others."""
+        if self.threads == 1:
+            return True
+        now = self.meeting()
+        self._shortest = min(self._shortest, now)
+        return (now > self._APART * self._shortest) == self.apart
+
     def wait(self, seconds: float = 2.0) -> bool:
-        """Until they deliver, but not for ever; whether they do."""
+        """Until the cores deliver, but not for ever, and then until they stand right; whether they do."""
         end = time.perf_counter() + seconds
         while not (steady := self.steady()) and time.perf_counter() < end:
             time.sleep(0.05)
-        return steady
+        begin = time.perf_counter()
+        while not (in_place := self.in_place()) and time.perf_counter() - begin < self.patience:
+            # The host moves what works or wakes.
+            self._median(5)
+            time.sleep(0.1)
+        self.patience -= time.perf_counter() - begin
+        return steady and in_place
+
+    def undisturbed(self) -> bool:
+        """Right after something was timed: whether all was as it should be."""
+        return self.in_place() and self.steady()

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
+#include "cpu/threads.h"
 #include "operands.h"
 #include "plain.h"
 #include "run.h"
@@ -148,6 +149,16 @@ void use_instruction_set(const py::args& args, const py::kwargs& kwargs) {
   select_instruction_set(Arguments("select_instruction_set", names, args, kwargs).text(0));
 }
 
+double seconds_to_meet_of(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"threads", "times"};
+  const Arguments arguments("seconds_to_meet", names, args, kwargs);
+  const int threads = check_threads(arguments.integer(0));
+  const int64_t times = arguments.integer(1);
+  if (times < 1 || times > 1'000'000) throw py::value_error("times must be from 1 to 1000000");
+  const py::gil_scoped_release release;
+  return seconds_to_meet(threads, static_cast<int>(times));
+}
+
 void set_threshold_of(const py::args& args, const py::kwargs& kwargs) {
   static const std::vector<const char*> names = {"name", "value"};
   const Arguments arguments("set_threshold", names, args, kwargs);
@@ -171,6 +182,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("select_instruction_set", &use_instruction_set);
   m.def("activation", &activation);
   m.def("set_threshold", &set_threshold_of, "For tests; see csrc/cpu/schedule.h.");
+  m.def("seconds_to_meet", &seconds_to_meet_of, "What a barrier of the threads takes: for benchmarks.");
   m.def("matmul", &product<check_product>, "out = a b, by the register tile: for benchmarks and tests.");
   m.def("outer_products", &product<check_outer_products>, "out[s] = Σ_k a[s, k] ⊗ b[s, k].");
 }

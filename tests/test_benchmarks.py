@@ -292,6 +292,7 @@ def test_the_second_call_of_a_turn_counts(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_disturbed_measurement_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(1)
+    assert watch.meeting() > 0
     answers = iter([True, False, True, True])
     monkeypatch.setattr(watch, "steady", lambda: next(answers))
     monkeypatch.setattr("benchmarks.timing._cpu_seconds_of_others", lambda: 0.0)
@@ -301,6 +302,32 @@ def test_a_disturbed_measurement_is_repeated(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("benchmarks.timing._cpu_seconds_of_others", iter(range(0, 10**6, 1000)).__next__)
     attempts = iter("abc")
     assert undisturbed(lambda: next(attempts), 1, watch) == ("c", True)
+
+
+def test_cores_that_stand_elsewhere_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = 5e-8, 3e-7
+
+    def watch(meetings: list[float], **options: Any) -> Watch:
+        answers = iter(meetings)
+        monkeypatch.setattr(Watch, "meeting", lambda _: next(answers))
+        monkeypatch.setattr(Watch, "steady", lambda _: True)
+        return Watch(2, **options)
+
+    assert watch([near, far, far, near]).wait()
+    # Cores that have always stood apart know no better.
+    begins_apart = watch([far, far, near, far, near])
+    assert begins_apart.wait() and begins_apart.wait() and begins_apart.wait()
+    assert watch([near, near, near, far], apart=True).wait()
+    patience = watch([near, *[far] * 9], patience=0.15)
+    assert not patience.wait()
+    assert patience.patience <= 0
+    assert not watch([near, far]).undisturbed()
+
+
+def test_a_single_core_stands_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(1)
+    monkeypatch.setattr(Watch, "meeting", lambda _: 1.0)
+    assert watch.in_place()
 
 
 def test_the_machine_is_measured_once() -> None:

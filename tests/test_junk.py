@@ -299,7 +299,7 @@ def mutations(seed: int, count: int) -> tuple[int, int]:
 
 
 def other_functions() -> int:
-    """check_batch_sizes, select_instruction_set, activation, matmul, set_threshold."""
+    """What else there is to call: check_batch_sizes, activation, matmul, set_threshold and so on."""
     bad: list[tuple[Any, ...]] = [
         (_cpu.check_batch_sizes, None, 3),
         (_cpu.check_batch_sizes, [1], 1),
@@ -321,6 +321,8 @@ def other_functions() -> int:
         (_cpu.set_threshold, "chunk_rows", 1.5),
         (_cpu.set_threshold, "chunk_rows", 2**63),
         (_cpu.set_threshold, "chunk_rows"),
+        *((_cpu.seconds_to_meet, threads, 1) for threads in BAD_OTHERS["threads"]),
+        *((_cpu.seconds_to_meet, 1, times) for times in (0, -1, 10**7, 2**63, None, 1.5)),
     ]
     good = {"a": torch.ones(3, 4), "b": torch.ones(4, 6), "out": torch.ones(3, 6)}
     for name, value in good.items():

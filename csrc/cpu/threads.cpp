@@ -5,6 +5,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <chrono>
 
 namespace pyrnnfast {
 namespace {
@@ -81,6 +82,24 @@ void parallel(int threads, void (*body)(void*, int, int), void* context) {
   Call call{body, context, omp};
   omp->parallel(enter, &call, static_cast<unsigned>(threads), 0);
   team_taken.clear(std::memory_order_release);
+}
+
+double seconds_to_meet(int threads, int times) {
+  struct Meetings {
+    Barrier barrier;
+    int times;
+    double seconds;
+  } meetings{{}, times, 0};
+  const auto body = [](void* context, int rank, int size) {
+    auto& m = *static_cast<Meetings*>(context);
+    m.barrier.wait(size);
+    const auto begin = std::chrono::steady_clock::now();
+    for (int i = 0; i < m.times; ++i) m.barrier.wait(size);
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+    if (rank == 0) m.seconds = taken.count() / m.times;
+  };
+  parallel(threads, body, &meetings);
+  return meetings.seconds;
 }
 
 }  // namespace pyrnnfast
