@@ -17,6 +17,8 @@ import torch
 import pyrnnfast
 from pyrnnfast import _cpu
 
+from . import files
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -89,9 +91,8 @@ def origin(settings: dict[str, object]) -> dict[str, object]:
 
 
 def save(name: str, record: dict[str, Any]) -> Path:
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    files.write(path, record)
     return path
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import amp, cuda, layers, obstacles, segments, transforms
+from . import amp, cuda, layers, obstacles, plain, segments, transforms
 from .choices import FUSED, Problem
 from .layers import NO_EXTRAS, Extras
 from .obstacles import Spec
@@ -233,6 +233,11 @@ def _call(
     spec = Spec(cell, int(weights[0].shape[-1]), int(weights[1].shape[-1]), **options)
     if spec.cell_states and cell != "lstm":
         raise ValueError("cell_states is for the LSTM alone")
+    if lengths is None and reset is None and type(input) in plain.INPUTS and plain.suits(spec, len(weights)):
+        form = cell, spec.num_layers, spec.directions, spec.single_step, spec.batch_first
+        found = plain.call(form, spec.input_size, spec.hidden_size, input, hx, weights)
+        if found is not None:
+            return found
     return call(spec, input, hx, weights, otherwise=_torch_call(spec, weights), extras=Extras(lengths, reset))
 
 

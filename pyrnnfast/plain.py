@@ -23,6 +23,13 @@ INPUTS = (Tensor, PackedSequence)
 """The types of input of which a call may be plain."""
 
 
+def suits(spec: Spec, weights: int) -> bool:
+    """Whether calls of such a stack, with so many weights, may be plain: nothing happens between its layers."""
+    if spec.proj_size or spec.cell_states or (spec.training and spec.dropout > 0 and spec.num_layers > 1):
+        return False
+    return weights == (4 if spec.bias else 2) * spec.num_layers * spec.directions
+
+
 def call(
     form: Form, input_size: int, hidden_size: int, input: Tensor | PackedSequence, hx: Any, weights: Sequence[Tensor]
 ) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pyrnnfast import reference
+from pyrnnfast import functional, reference
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 _LAYERS = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "lstm": "LSTM"}
@@ -185,6 +185,25 @@ class Case:
                 flat += [getattr(module, name, None) if self.bias or i < 2 else None for i, name in enumerate(names)]
         directions = [flat[i : i + 4] for i in range(0, len(flat), 4)]
         return [directions[i : i + self.directions] for i in range(0, len(directions), self.directions)]
+
+
+class Functional(torch.nn.Module):
+    """The functional form, with the parameters and the options of a module of torch.nn."""
+
+    def __init__(self, case: Case, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.case, self.inner = case, module
+
+    def forward(self, x: Any, hx: Any = None) -> Any:
+        case, options = self.case, {}
+        name = case.cell.split("_")[0] + ("_cell" if case.single_step else "")
+        if case.cell.startswith("rnn_"):
+            options["nonlinearity"] = case.cell[4:]
+        if not case.single_step:
+            for option in ("bias", "batch_first", "bidirectional", "dropout"):
+                options[option] = getattr(case, option)
+            options |= {"num_layers": case.layers, "training": self.training}
+        return getattr(functional, name)(x, hx, list(self.inner.parameters()), **options)
 
 
 def shape_of(*shape: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CELLS, SMALL, Case, gradients, result_weights
+from cases import CELLS, SMALL, Case, Functional, gradients, result_weights
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,7 +23,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import pyrnnfast
-from pyrnnfast import functional
 
 NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
 # A layer and a cell of each kind, the cell with and without an initial state.
@@ -36,25 +35,6 @@ FEW = tuple(
         Case(cell, single_step=True, initial=False),
     )
 )
-
-
-class Functional(torch.nn.Module):
-    """The functional form, with the parameters and the options of a module of torch.nn."""
-
-    def __init__(self, case: Case, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.case, self.inner = case, module
-
-    def forward(self, x: Any, hx: Any = None) -> Any:
-        case, options = self.case, {}
-        name = case.cell.split("_")[0] + ("_cell" if case.single_step else "")
-        if case.cell.startswith("rnn_"):
-            options["nonlinearity"] = case.cell[4:]
-        if not case.single_step:
-            for option in ("bias", "batch_first", "bidirectional", "dropout"):
-                options[option] = getattr(case, option)
-            options |= {"num_layers": case.layers, "training": self.training}
-        return getattr(functional, name)(x, hx, list(self.inner.parameters()), **options)
 
 
 def ours_of(case: Case, form: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import files
 from benchmarks.gpu import bench, check, choices, limits, place, profile, record, report, rows, sanitizer, tests, timing
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.sanitizer import NoSummary
@@ -274,7 +275,7 @@ def test_a_record_is_of_one_card_and_one_state_of_the_sources(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "deep" / "record.json"
-    record.save(path, made())
+    files.write(path, made())
     assert record.open_or_new(path, IDENTITY) == made()
     for name in ("device", "commit", "sources", "versions"):
         fresh = record.open_or_new(path, IDENTITY | {name: "another"})
@@ -285,16 +286,16 @@ def test_a_record_is_of_one_card_and_one_state_of_the_sources(
 
 def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "record.json"
-    record.save(path, {"good": 1})
+    files.write(path, {"good": 1})
     with pytest.raises(TypeError):
-        record.save(path, {"bad": object()})
+        files.write(path, {"bad": object()})
     assert record.load(path) == {"good": 1}
 
     write = Path.write_text
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda source, target: None)
-        record.save(path, {"good": 3})
+        files.write(path, {"good": 3})
     assert record.load(path) == {"good": 1}, "written otherwise than by replacing it"
 
     def cut_off(self: Path, text: str) -> int:
@@ -303,7 +304,7 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Path, "write_text", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        record.save(path, {"good": 2})
+        files.write(path, {"good": 2})
     assert record.load(path) == {"good": 1}
 
 
@@ -818,7 +819,7 @@ def _these_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_package_reads_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, path = tmp_path / "table.json", tmp_path / "record.json"
     table.write_text("[]")
-    record.save(path, made())
+    files.write(path, made())
     assert choices.main([str(path), "--table", str(table)]) == 0
     assert "1 of 1 rows are faster" in capsys.readouterr().out
     (read,) = table_of_choices.read(table.read_text())
@@ -828,7 +829,7 @@ def test_the_package_reads_what_is_written(tmp_path: Path, capsys: pytest.Captur
     assert (row.path, row.ratio, row.problem.shape) == ("persistent", 0.5, (128, 16, 512, 512))
     # The same card again replaces what there was of it, another one comes beside it.
     assert choices.main([str(path), "--table", str(table)]) == 0
-    record.save(path, made() | {"device": "NVIDIA H200"})
+    files.write(path, made() | {"device": "NVIDIA H200"})
     assert choices.main([str(path), "--table", str(table)]) == 0
     read_again = table_of_choices.read(table.read_text())
     assert [r.device for r in read_again] == [IDENTITY["device"], "NVIDIA H200"]
@@ -842,7 +843,7 @@ def test_a_refused_record_leaves_the_table_alone(tmp_path: Path, capsys: pytest.
         (made(FAILURES["race"][0]), "sanitizer: racecheck found 2"),
         (made() | {"sources": "of yesterday"}, "it is of other sources than these"),
     ):
-        record.save(path, found)
+        files.write(path, found)
         assert choices.main([str(path), "--table", str(table)]) == 1
         assert table.read_text() == "[]"
         assert f"chooses nothing: {reason}" in capsys.readouterr().err

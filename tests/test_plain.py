@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CELLS, TABLE, Case, gradients
+from cases import CELLS, TABLE, Case, Functional, gradients
 from torch import Tensor
 
 import pyrnnfast
@@ -135,6 +135,44 @@ def test_gradients_of_plain_calls_have_the_same_bits(
             assert shorter[name].dtype is t.dtype
             assert torch.equal(shorter[name], t), name
     assert taken == back == [True] * (1 + len(case.outputs))
+
+
+@pytest.mark.parametrize("case", ALL_FORMS, ids=str)
+def test_functions_take_it_as_modules_do(case: Case, taken: list[bool], back: list[bool]) -> None:
+    module = case.module(pyrnnfast)
+    function = Functional(case, case.module(torch.nn))
+    x, states = case.operands()
+    for mode in (True, False):
+        found = [case.run(m.train(mode), x, states) for m in (function, module)]
+        assert all(torch.equal(found[0][name], t) for name, t in found[1].items())
+        of_function, of_module = (
+            gradients(m, x, states, f) for m, f in zip((function.inner, module), found, strict=True)
+        )
+        assert all(torch.equal(of_function[name], t) for name, t in of_module.items())
+    assert taken == back == [True] * 4
+
+
+def test_functions_do_not_take_it_for_what_is_not_plain(taken: list[bool]) -> None:
+    module = torch.nn.LSTM(3, 5, 2)
+    x, weights = torch.randn(4, 2, 3), list(module.parameters())
+    for options in (
+        {"dropout": 0.5, "training": True},
+        {"cell_states": True},
+        {"lengths": torch.tensor([4, 2])},
+        {"reset": torch.zeros(4, 2, dtype=torch.bool)},
+    ):
+        pyrnnfast.functional.lstm(x, None, weights, num_layers=2, **options)
+    for wrong in (weights[:4], weights[:6], [*weights, weights[0]]):
+        with pytest.raises(RuntimeError, match="8 weights are expected"):
+            pyrnnfast.functional.lstm(x, None, wrong, num_layers=2)
+    # Two weights of a layer that is to have biases, and biases of one that is not.
+    with pytest.raises(RuntimeError, match="4 weights are expected"):
+        pyrnnfast.functional.lstm(x, None, weights[:2])
+    with pytest.raises(RuntimeError, match="2 weights are expected"):
+        pyrnnfast.functional.lstm(x, None, weights[:4], bias=False)
+    assert taken == []
+    pyrnnfast.functional.lstm(x, None, weights, num_layers=2, dropout=0.5)
+    assert taken == [True]
 
 
 # What is wanted, by the beginning and the end of its name.

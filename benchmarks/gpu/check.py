@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from . import build, place, record, sanitizer, tests
 from .record import STAGES, TOOLS, Record
 
@@ -139,10 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif stage == "sanitizer":
             result = beside.result() if beside else sanitizer.run(options.tools, options.limit)
         else:
-            record.save(out, found)  # for the rows that it has
+            files.write(out, found)  # for the rows that it has
             result = _benchmark(options, out)
         found = record.merge(found, stage, time.monotonic() - begin, result)
-        record.save(out, found)
+        files.write(out, found)
         if stage == "build" and record.failures(found, ["build"]):
             break
     failed = record.failures(found, options.stage)

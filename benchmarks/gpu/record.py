@@ -7,7 +7,6 @@ written whole or not at all, after every stage, so that a run that is cut off le
 import datetime
 import hashlib
 import json
-import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -98,13 +97,6 @@ def open_or_new(path: Path, identity: Record) -> Record:
             return found
         print(f"{path} is of another {', '.join(other)}: begun anew", flush=True)
     return new(identity)
-
-
-def save(path: Path, record: Record) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def merge(record: Record, stage: str, seconds: float, found: Record) -> Record:

@@ -154,6 +154,14 @@ bool is_last(const Problem& p, bool descending, const Chunk& chunk) {
   return descending ? chunk.first == 0 : chunk.last == p.steps;
 }
 
+int64_t gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
+
+// A result that may be large, and its rows.
+struct Result {
+  Matrix matrix;
+  int64_t rows;
+};
+
 // What differs between the passes.
 template <class P>
 struct Order;
@@ -161,19 +169,22 @@ template <>
 struct Order<Forward> {
   static constexpr bool products_first = true;
   static bool descending(const Forward& p) { return p.reverse; }
-  // Those results that have a row for each row of the data.
-  static std::array<Matrix, 3> results(const Forward& p) { return {p.y, p.saved, p.cells}; }
+  static std::array<Result, 3> results(const Forward& p) {
+    const int64_t rows = p.offsets[p.steps];
+    return {{{p.y, rows}, {p.saved, rows}, {p.cells, rows}}};
+  }
 };
 template <>
 struct Order<Backward> {
   static constexpr bool products_first = false;
   static bool descending(const Backward& p) { return !p.reverse; }
-  static std::array<Matrix, 1> results(const Backward& p) { return {p.dx}; }
+  static std::array<Result, 3> results(const Backward& p) {
+    const int64_t gate_rows = gates_of(p.cell) * p.hidden;
+    return {{{p.dx, p.offsets[p.steps]}, {p.dweight_ih, gate_rows}, {p.dweight_hh, gate_rows}}};
+  }
 };
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
-
-int64_t gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
 
 Plan make_plan(const Forward& p, const InstructionSet& isa) {
   const int64_t rows = p.offsets[p.steps], few = isa.few_rows[static_cast<int>(p.dtype)];
@@ -282,9 +293,9 @@ void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, 
       static_cast<double>(rows) * static_cast<double>(p.hidden) *
       (2.0 * static_cast<double>(gates_of(p.cell)) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
   if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
-  for (const Matrix& result : Order<P>::results(p)) {
-    const auto bytes = static_cast<size_t>(rows * result.stride * bytes_of(p.dtype));
-    if (bytes > kPerhapsFresh) wish_for_large_pages(result.data, bytes);
+  for (const Result& result : Order<P>::results(p)) {
+    const auto bytes = static_cast<size_t>(result.rows * result.matrix.stride * bytes_of(p.dtype));
+    if (bytes > kPerhapsFresh) wish_for_large_pages(result.matrix.data, bytes);
   }
   Plan plan = make_plan(p, isa);
   // A chunk has at least one step.
