@@ -68,13 +68,20 @@ def run_row(row: Row, run: int, machine: Machine, watch: Watch, seconds: float, 
             raise SystemExit(f"{row}: {reason}") from reason
         error = verify(row, sides)
         times, disturbed = undisturbed(lambda: turn_by_turn(sides, seconds, least), row.threads, watch)
-        meeting_us = watch.meeting() * 1e6
-    return _entry(row, run, times, limit_ms, error, meeting_us, disturbed)
+    entry = _entry(row, run, times, limit_ms, error, disturbed)
+    if row.threads > 1:
+        entry["meeting_us"] = round(watch.met_in * 1e6, 3)
+    return entry
 
 
-def _entry(
-    row: Row, run: int, times: Times, limit_ms: float, error: float, meeting_us: float, disturbed: bool
-) -> Entry:
+def mark(entries: list[Entry], watches: Mapping[int, Watch]) -> None:
+    """Those as disturbed that were timed before it was known how near cores may stand to each other."""
+    for entry in entries:
+        if "meeting_us" in entry and not watches[entry["threads"]].right(entry["meeting_us"] * 1e-6):
+            entry["disturbed"] = True
+
+
+def _entry(row: Row, run: int, times: Times, limit_ms: float, error: float, disturbed: bool) -> Entry:
     ms, first_ms = ({name: round(1e3 * value, 5) for name, value in t.items()} for t in (times.medians, times.first))
     entry: Entry = Entry(
         **(asdict(row) | {"shape": list(row.shape)}),  # type: ignore[typeddict-item]
@@ -87,7 +94,6 @@ def _entry(
         torch_first_ms=first_ms["torch"],
         error=error,
         rounds=times.rounds,
-        meeting_us=round(meeting_us, 3),
         disturbed=disturbed,
     )
     if "torch_cell" in ms:
@@ -151,7 +157,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--apart",
         action="store_true",
-        help="time rows of several threads while their cores share no cache, instead of while they do",
+        help="time rows of several threads while their cores stand apart, instead of near to each other",
     )
     parser.add_argument("--isa", choices=HELD_TO, help="hold both sides to this instruction set")
     parser.add_argument("--out", help="write benchmarks/results/NAME.json")
@@ -186,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(str(error)) from error
     print(f"{record.processor()}, torch {torch.__version__}, instruction set {_cpu.instruction_set()}")
-    machine, watches = Machine(), {n: Watch(n, options.apart and n > 1) for n in options.threads}
+    machine, watches = Machine(), {n: Watch(n, options.apart) for n in options.threads}
     for n, dtype in sorted({(row.threads, row.dtype) for row in chosen}):
         print(f"peak of matrix products, {dtype}, {n} thread(s): {machine.peak(n, dtype) / 1e9:.0f} GFLOP/s")
     entries: list[Entry] = []
@@ -195,6 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         for row in chosen:
             entries.append(run_row(row, run, machine, watches[row.threads], options.seconds, options.least))
             print(_line(entries[-1]), flush=True)
+    mark(entries, watches)
     print(*targets.summary(entries), sep="\n")
     for name in machine.disturbed:
         print(f"disturbed by other programs, so that limits may be too high: {name}")

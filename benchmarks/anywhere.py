@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from . import __main__, record
 from .__main__ import difference
 from .rows import CELLS, MODES
 from .targets import LEAST, mean
-from .timing import thread_count, turn_by_turn, undisturbed
+from .timing import Watch, thread_count, turn_by_turn, undisturbed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -129,7 +130,7 @@ def verify(call: Call, both: dict[str, Callable[[], list[Tensor]]]) -> None:
             raise SystemExit(f"{call}: ours and torch differ by {error:.1e}; nothing timed")
 
 
-def measure(call: Call, seconds: float) -> dict[str, Any]:
+def measure(call: Call, watch: Watch, seconds: float) -> dict[str, Any]:
     """One entry of the record."""
     with thread_count(call.threads), torch.set_grad_enabled(call.mode == "training"):
         both = sides(call)
@@ -137,7 +138,7 @@ def measure(call: Call, seconds: float) -> dict[str, Any]:
         best: dict[str, float] = {}
         disturbed = False
         for factor in (1, 3):
-            times, disturbed = undisturbed(partial(turn_by_turn, both, factor * seconds), call.threads)
+            times, disturbed = undisturbed(partial(turn_by_turn, both, factor * seconds), call.threads, watch)
             now = times.medians
             if not best or now["torch"] / now["ours"] > best["torch"] / best["ours"]:
                 best = now
@@ -179,7 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="write benchmarks/results/NAME.json")
     options = parser.parse_args(arguments)
     calls = draw(options.seed, options.threads)
-    entries = [measure(next(calls), options.seconds) for _ in range(options.calls)]
+    watches = {n: Watch(n) for n in {1, options.threads}}
+    entries = [measure(call, watches[call.threads], options.seconds) for call in islice(calls, options.calls)]
     print(*summary(entries), sep="\n")
     if options.out:
         settings = {name: getattr(options, name) for name in ("calls", "seed", "seconds", "threads")}

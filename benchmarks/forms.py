@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import pyrnnfast
 
 from . import record
-from .timing import thread_count, turn_by_turn, undisturbed
+from .timing import Watch, thread_count, turn_by_turn, undisturbed
 
 Sides = Mapping[str, Callable[[], object]]
 SAMPLES = 16
@@ -153,13 +153,14 @@ def main() -> None:
     options = parser.parse_args()
     pyrnnfast.enable_compile()
     found = []
+    watch = Watch(options.threads)
     with thread_count(options.threads):
         comparisons = forms_of_a_call(1, 1, 128) | forms_of_a_call(100, 32, 256)
         comparisons |= transforms("LSTM", 50, 128) | transforms("GRU", 50, 128)
         comparisons |= extras(200, 32, 64) | extras(128, 16, 256)
         for name, sides in comparisons.items():
             measure = partial(turn_by_turn, sides, options.seconds)
-            times, disturbed = undisturbed(measure, options.threads)
+            times, disturbed = undisturbed(measure, options.threads, watch)
             plain = next(iter(times.medians.values()))
             for side, seconds in times.medians.items():
                 print(f"{name:55} {side:36} {1e3 * seconds:10.4f} ms  × {seconds / plain:.2f}", flush=True)

@@ -169,7 +169,7 @@ def summary(entries: list[Entry]) -> Iterator[str]:
         yield f"  {what}: {sum(aim.met for aim in some)} of {len(some)}"
     disturbed = sum(e["disturbed"] for e in entries)
     if disturbed:
-        yield f"{disturbed} of {len(entries)} measurements were disturbed by other programs"
+        yield f"{disturbed} of {len(entries)} measurements were disturbed, by others or by other places of the cores"
 
 
 def _name(entry: Entry) -> str:

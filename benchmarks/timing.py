@@ -87,8 +87,10 @@ def undisturbed(
         begin, others = time.perf_counter(), _cpu_seconds_of_others()
         result = measure()
         taken = (_cpu_seconds_of_others() - others) / (time.perf_counter() - begin)
-        if taken <= free and before and (watch is None or watch.undisturbed()):
+        if taken <= free and before and (watch is None or watch.all_is_well()):
             return result, False
+        if watch is not None and watch.patience <= 0:
+            break
     return result, True
 
 
@@ -99,9 +101,9 @@ class Watch:
     milliseconds on all the threads: without one of the cores it takes about twice as long. A spinning team of threads
     suffers much more than that, so what is timed meanwhile is worthless.
 
-    Where they stand changes on a virtual machine: its host moves them, now on cores that share a cache, now on ones
-    that do not. In the latter case a barrier takes ten times as long (0.3 μs), and a step of a small recurrence, which
-    has one, up to twice. The two are not to be mixed.
+    Where they stand changes on a virtual machine: its host moves them. Now a barrier takes 25 to 60 ns, as between
+    cores that share a cache, now 0.3 μs, and a step of a small recurrence, which hands its state over as well, up to
+    twice as long. The two are not to be mixed.
 
     Args:
         threads: on which all this is measured; a single one stands nowhere
@@ -119,42 +121,46 @@ class Watch:
         self.patience = patience
         self._a, self._b, self._out = (torch.ones(self._SIZE, self._SIZE) for _ in range(3))
         self._usual, _ = undisturbed(lambda: self._median(60), threads, attempts=20)
-        self._shortest = self.meeting()
+        self.met_in = self._shortest = self.seconds_to_meet()
 
     def _median(self, samples: int) -> float:
         with thread_count(self.threads):
             product = partial(torch.mm, self._a, self._b, out=self._out)
             return statistics.median(seconds_of(product) for _ in range(samples))
 
-    def meeting(self) -> float:
-        """Seconds of a barrier of the threads."""
+    def seconds_to_meet(self) -> float:
+        """What a barrier of the threads takes."""
         with thread_count(self.threads):
             return min(_cpu.seconds_to_meet(self.threads, 100) for _ in range(10))
 
     def steady(self) -> bool:
         return self._median(5) * self._LOWEST <= self._usual
 
-    def in_place(self) -> bool:
+    def stands_right(self) -> bool:
         """Whether the cores stand as they should; true as long as cores that stand apart have seen no others."""
         if self.threads == 1:
             return True
-        now = self.meeting()
-        self._shortest = min(self._shortest, now)
-        return (now > self._APART * self._shortest) == self.apart
+        self.met_in = self.seconds_to_meet()
+        self._shortest = min(self._shortest, self.met_in)
+        return self.right(self.met_in)
+
+    def right(self, met_in: float) -> bool:
+        """Whether the cores stood as they should when a barrier took so long, by all that is known by now."""
+        return (met_in > self._APART * self._shortest) == self.apart
 
     def wait(self, seconds: float = 2.0) -> bool:
-        """Until the cores deliver, but not for ever, and then until they stand right; whether they do."""
-        end = time.perf_counter() + seconds
-        while not (steady := self.steady()) and time.perf_counter() < end:
-            time.sleep(0.05)
+        """Until the cores stand right, and then until they deliver, but not for ever; whether they do."""
         begin = time.perf_counter()
-        while not (in_place := self.in_place()) and time.perf_counter() - begin < self.patience:
+        while not (right := self.stands_right()) and time.perf_counter() - begin < self.patience:
             # The host moves what works or wakes.
             self._median(5)
             time.sleep(0.1)
         self.patience -= time.perf_counter() - begin
-        return steady and in_place
+        end = time.perf_counter() + seconds
+        while not (steady := self.steady()) and time.perf_counter() < end:
+            time.sleep(0.05)
+        return right and steady
 
-    def undisturbed(self) -> bool:
-        """Right after something was timed: whether all was as it should be."""
-        return self.in_place() and self.steady()
+    def all_is_well(self) -> bool:
+        """Right after something was timed: whether nothing has changed meanwhile."""
+        return self.stands_right() and self.steady()

@@ -89,6 +89,7 @@ bool Reader::read_rows(py::handle tensor, Layout layout, Operand& o) {
 
 bool Reader::read_x(const PlainCall& call, const Form& form, Layout& layout, Operand& o) {
   py::handle tensor = call.x;
+  if (form.single_step && !call.batch_sizes.is_none()) return false;
   if (!plain(tensor, o)) return false;
   layout = form.single_step              ? Layout::step
            : !call.batch_sizes.is_none() ? Layout::packed

@@ -227,13 +227,15 @@ def _call(
     reset: Tensor | None = None,
     **options: Any,
 ) -> Any:
+    weights = tuple(weights)
     if len(weights) < 2:
         raise ValueError(f"expected at least weight_ih and weight_hh, got {len(weights)} weights")
     # Integers, which they are not while torch.jit is tracing.
     spec = Spec(cell, int(weights[0].shape[-1]), int(weights[1].shape[-1]), **options)
     if spec.cell_states and cell != "lstm":
         raise ValueError("cell_states is for the LSTM alone")
-    if lengths is None and reset is None and type(input) in plain.INPUTS and plain.suits(spec, len(weights)):
+    suits = plain.suits(spec.num_layers, spec.dropout, spec.training, spec.proj_size, spec.cell_states)
+    if suits and lengths is None and reset is None and type(input) in plain.INPUTS and len(weights) == spec.weights:
         form = cell, spec.num_layers, spec.directions, spec.single_step, spec.batch_first
         found = plain.call(form, spec.input_size, spec.hidden_size, input, hx, weights)
         if found is not None:

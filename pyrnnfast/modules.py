@@ -139,8 +139,8 @@ class _Layers(_Ours, torch.nn.RNNBase):
         weights = self._weights()
         extras = _extras(given) if given else NO_EXTRAS
         if type(input) in plain.INPUTS:
-            drops = self.training and self.dropout > 0 and self.num_layers > 1
-            if not (extras or drops or self.proj_size or self.cell_states):
+            suits = plain.suits(self.num_layers, self.dropout, self.training, self.proj_size, self.cell_states)
+            if suits and not extras:
                 form = self.mode.lower(), self.num_layers, 2 if self.bidirectional else 1, False, self.batch_first
                 found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights)
                 if found is not None:

@@ -43,6 +43,11 @@ class Spec(NamedTuple):
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
 
+    @property
+    def weights(self) -> int:
+        """How many there are."""
+        return (4 if self.bias else 2) * self.num_layers * self.directions
+
 
 def form(input: Any) -> str:
     """What the state of torch asks for: operators that a trace can record, functions that transforms can take apart, or

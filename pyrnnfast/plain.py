@@ -23,11 +23,9 @@ INPUTS = (Tensor, PackedSequence)
 """The types of input of which a call may be plain."""
 
 
-def suits(spec: Spec, weights: int) -> bool:
-    """Whether calls of such a stack, with so many weights, may be plain: nothing happens between its layers."""
-    if spec.proj_size or spec.cell_states or (spec.training and spec.dropout > 0 and spec.num_layers > 1):
-        return False
-    return weights == (4 if spec.bias else 2) * spec.num_layers * spec.directions
+def suits(num_layers: int, dropout: float, training: bool, proj_size: int, cell_states: bool) -> bool:
+    """Whether calls of a module with these options may be plain: nothing happens between its layers or besides them."""
+    return not ((num_layers > 1 and training and dropout > 0) or proj_size or cell_states)
 
 
 def call(
@@ -47,6 +45,8 @@ def call(
     x = input
     if isinstance(input, PackedSequence):
         x, batch_sizes, order, back = input
+        if type(x) not in PLAIN or not x.is_cpu:  # before anything is done to hx
+            return None
         if order is not None and hx is not None:
             states = hx if isinstance(hx, tuple) else (hx,)
             if len(states) != (2 if form[0] == "lstm" else 1):

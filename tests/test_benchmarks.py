@@ -10,7 +10,7 @@ import torch
 
 import pyrnnfast
 from benchmarks import __main__ as benchmark
-from benchmarks import anywhere, memory, plot, record, rows, table, targets
+from benchmarks import anywhere, files, memory, plot, record, rows, table, targets
 from benchmarks.limits import limit
 from benchmarks.machine import Machine
 from benchmarks.rows import Row
@@ -292,7 +292,7 @@ def test_the_second_call_of_a_turn_counts(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_disturbed_measurement_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(1)
-    assert watch.meeting() > 0
+    assert watch.seconds_to_meet() > 0
     answers = iter([True, False, True, True])
     monkeypatch.setattr(watch, "steady", lambda: next(answers))
     monkeypatch.setattr("benchmarks.timing._cpu_seconds_of_others", lambda: 0.0)
@@ -309,7 +309,7 @@ def test_cores_that_stand_elsewhere_are_waited_for(monkeypatch: pytest.MonkeyPat
 
     def watch(meetings: list[float], **options: Any) -> Watch:
         answers = iter(meetings)
-        monkeypatch.setattr(Watch, "meeting", lambda _: next(answers))
+        monkeypatch.setattr(Watch, "seconds_to_meet", lambda _: next(answers))
         monkeypatch.setattr(Watch, "steady", lambda _: True)
         return Watch(2, **options)
 
@@ -321,13 +321,37 @@ def test_cores_that_stand_elsewhere_are_waited_for(monkeypatch: pytest.MonkeyPat
     patience = watch([near, *[far] * 9], patience=0.15)
     assert not patience.wait()
     assert patience.patience <= 0
-    assert not watch([near, far]).undisturbed()
+    # What has no patience left is not tried again.
+    attempts = iter("ab")
+    assert undisturbed(lambda: next(attempts), 1, patience) == ("a", True)
+    assert not watch([near, far]).all_is_well()
+
+
+def test_rows_timed_before_near_cores_were_seen_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([3e-7, 3e-7, 5e-8])
+    monkeypatch.setattr(Watch, "seconds_to_meet", lambda _: next(answers))
+    watches = {2: Watch(2)}
+    assert watches[2].stands_right() and watches[2].stands_right()
+    entries: Any = [{"threads": 2, "meeting_us": us, "disturbed": False} for us in (0.3, 0.05)]
+    entries.append({"threads": 1, "disturbed": False})
+    benchmark.mark(entries, watches)
+    assert [e["disturbed"] for e in entries] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "value", [{}, {"rows": []}, {"a": {"b": [1, {}]}, "rows": [{"x": 1, "y": [2, 3]}, {}], "n": None}]
+)
+def test_each_row_of_a_record_has_a_line(value: dict[str, Any]) -> None:
+    text = files.text(value)
+    assert json.loads(text) == value and list(json.loads(text)) == list(value)
+    lines = text.splitlines()
+    assert all(f"  {json.dumps(row)}" in [line.rstrip(",") for line in lines] for row in value.get("rows", ()))
 
 
 def test_a_single_core_stands_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(1)
-    monkeypatch.setattr(Watch, "meeting", lambda _: 1.0)
-    assert watch.in_place()
+    monkeypatch.setattr(Watch, "seconds_to_meet", lambda _: 1.0)
+    assert watch.stands_right()
 
 
 def test_the_machine_is_measured_once() -> None:
@@ -368,4 +392,4 @@ def test_a_random_call_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(anywhere, "sides", wrong)
     with pytest.raises(SystemExit, match=r"ours and torch differ by .*; nothing timed"):
-        anywhere.measure(next(anywhere.draw(3, 2)), 0)
+        anywhere.measure(next(anywhere.draw(3, 2)), Watch(1), 0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import CELLS, Case
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import pyrnnfast
 
@@ -180,6 +180,7 @@ BAD_CELL_CALLS: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "hx_3D": lambda n: (ones(2, 3), pair(n, ones(1, 2, 4))),
     "hx_batched_for_unbatched": lambda n: (ones(3), pair(n, ones(2, 4))),
     "hx_float64": lambda n: (ones(2, 3), pair(n, ones(2, 4, dtype=torch.float64))),
+    "packed": lambda n: (pack_sequence([ones(1, 3), ones(1, 3)]),),
 }
 
 

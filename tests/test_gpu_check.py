@@ -603,7 +603,6 @@ def test_only_our_kernels_are_watched_but_where_all_have_to_be() -> None:
 
 FAKE = """#!{python}
 import sys
-import time
 tool = sys.argv[sys.argv.index("--tool") + 1]
 planted = sys.argv[-1] == tool
 {body}

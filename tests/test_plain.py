@@ -1,6 +1,7 @@
 """The shortest road, of plain calls: who takes it, that it gives the same bits, and what does not."""
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from cases import CELLS, TABLE, Case, Functional, gradients
 from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
 
 import pyrnnfast
 from pyrnnfast import _cpu
@@ -173,6 +175,55 @@ def test_functions_do_not_take_it_for_what_is_not_plain(taken: list[bool]) -> No
     assert taken == []
     pyrnnfast.functional.lstm(x, None, weights, num_layers=2, dropout=0.5)
     assert taken == [True]
+    # Of one layer nobody looks at it.
+    pyrnnfast.functional.lstm(x, None, weights[:4], dropout=None, training=True)  # type: ignore[typeddict-item]
+    assert taken == [True] * 2
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("lengths", [(1,), (1, 1), (1, 2), (2, 1), (3, 2, 1)], ids=str)
+@pytest.mark.parametrize("cell", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_a_step_takes_no_packed_input(cell: str, lengths: tuple[int, ...], grad: bool, taken: list[bool]) -> None:
+    weights = list(getattr(torch.nn, cell)(3, 5).parameters())
+    step = getattr(pyrnnfast.functional, cell.removesuffix("Cell").lower() + "_cell")
+    for sort in (False, True):
+        if sort or list(lengths) == sorted(lengths, reverse=True):
+            packed = pack_sequence([torch.randn(n, 3) for n in lengths], enforce_sorted=not sort)
+            with torch.set_grad_enabled(grad), pytest.raises((AttributeError, TypeError)):
+                step(packed, None, weights)
+    assert True not in taken
+
+
+def test_weights_may_be_one_tensor() -> None:
+    cell, x = torch.nn.RNNCell(4, 4, bias=False), torch.randn(2, 4)
+    found = pyrnnfast.functional.rnn_cell(x, None, torch.stack(list(cell.parameters())))  # type: ignore[arg-type]
+    torch.testing.assert_close(found, cell(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", ["", "weight_ih_l0", "weight_hh_l0"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_of_large_weights(dtype: torch.dtype, wanted: str, threads: int) -> None:
+    """Beyond 3 MB each, which may be fresh pages: large ones are asked for."""
+    torch.manual_seed(0)
+    stock = torch.nn.GRU(740, 740).to(dtype)
+    module = pyrnnfast.replace(copy.deepcopy(stock))
+    x = torch.randn(3, 2, 740).to(dtype)
+    names = [wanted] if wanted else [name for name, _ in stock.named_parameters()]
+    found = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for m in (module, stock.double()):
+            parameters = dict(m.named_parameters())
+            y, _ = m(x.to(parameters["weight_ih_l0"].dtype))
+            found.append(torch.autograd.grad(y.sum(), [parameters[name] for name in names]))
+    finally:
+        torch.set_num_threads(before)
+    for ours, true in zip(*found, strict=True):
+        assert ours.dtype is dtype
+        # Relative to the largest.
+        assert (ours.double() - true).abs().max() <= 2**5 * torch.finfo(dtype).eps * true.abs().max()
 
 
 # What is wanted, by the beginning and the end of its name.
@@ -467,6 +518,10 @@ def test_junk_raises_or_is_refused() -> None:
 
     assert not refused()
     assert refused(types=())
+    # A step has no batch sizes; without them these are its operands.
+    step = {"form": ("gru", 1, 1, True, False), "x": torch.ones(2, 4)}
+    assert not refused(**step)
+    assert refused(**step, batch_sizes=torch.tensor([2]))
     for form in JUNK_FORMS:
         assert refused(form=form), form
     for x in (

@@ -105,12 +105,12 @@ class Scratch {
 };
 std::atomic<Scratch::Block*> Scratch::spare{nullptr};
 
-// The cost of the rows [begin, end) of every step, in rows: fewer than a low tile's take no less time, as the weights
-// have to be read all the same.
-int64_t cost(const Problem& p, int64_t begin, int64_t end) {
+// The cost of the rows [begin, end) of a chunk's steps, in rows: fewer than a low tile's take no less time, as the
+// weights have to be read all the same.
+int64_t cost(const Problem& p, const Chunk& chunk, int64_t begin, int64_t end) {
   constexpr int64_t low_tile = 3;
   int64_t total = 0;
-  for (int64_t t = 0; t < p.steps; ++t) {
+  for (int64_t t = chunk.first; t < chunk.last; ++t) {
     const int64_t rows = std::min(end, p.offsets[t + 1] - p.offsets[t]) - begin;
     if (rows > 0) total += std::max(rows, low_tile);
   }
@@ -119,14 +119,15 @@ int64_t cost(const Problem& p, int64_t begin, int64_t end) {
 
 bool is_dense(const Problem& p) { return p.offsets[p.steps] == p.steps * p.batch; }
 
-// The end of a group of rows that begins at `begin`, when all rows from there on are cut into `groups` of equal cost.
-int64_t group_end(const Problem& p, int64_t begin, int64_t groups) {
+// The end of a group of rows that begins at `begin`, when all rows from there on are cut into `groups` of equal cost in
+// a chunk.
+int64_t group_end(const Problem& p, const Chunk& chunk, int64_t begin, int64_t groups) {
   int64_t low = begin, high = p.batch;
   if (is_dense(p)) return begin + (p.batch - begin) / groups;
   if (groups == 1) return p.batch;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (cost(p, begin, middle) <= cost(p, middle, p.batch) / (groups - 1)) {
+    if (cost(p, chunk, begin, middle) <= cost(p, chunk, middle, p.batch) / (groups - 1)) {
       low = middle + 1;
     } else {
       high = middle;
@@ -154,12 +155,16 @@ bool is_last(const Problem& p, bool descending, const Chunk& chunk) {
   return descending ? chunk.first == 0 : chunk.last == p.steps;
 }
 
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
 int64_t gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
 
-// A result that may be large, and its rows.
+// A result that may be large: all rows but the last, behind which others' memory may lie.
 struct Result {
-  Matrix matrix;
-  int64_t rows;
+  void* data;
+  size_t bytes;
+  Result(const Matrix& m, int64_t rows, int64_t element)
+      : data(m.data), bytes(static_cast<size_t>((rows - 1) * m.stride * element)) {}
 };
 
 // What differs between the passes.
@@ -170,8 +175,9 @@ struct Order<Forward> {
   static constexpr bool products_first = true;
   static bool descending(const Forward& p) { return p.reverse; }
   static std::array<Result, 3> results(const Forward& p) {
-    const int64_t rows = p.offsets[p.steps];
-    return {{{p.y, rows}, {p.saved, rows}, {p.cells, rows}}};
+    const int64_t rows = p.offsets[p.steps], element = bytes_of(p.dtype);
+    return {Result(p.y, rows, element), Result(p.saved, rows, element),
+            Result(p.cells, rows, std::max(element, bytes_of(Dtype::float32)))};
   }
 };
 template <>
@@ -179,12 +185,11 @@ struct Order<Backward> {
   static constexpr bool products_first = false;
   static bool descending(const Backward& p) { return !p.reverse; }
   static std::array<Result, 3> results(const Backward& p) {
-    const int64_t gate_rows = gates_of(p.cell) * p.hidden;
-    return {{{p.dx, p.offsets[p.steps]}, {p.dweight_ih, gate_rows}, {p.dweight_hh, gate_rows}}};
+    const int64_t gate_rows = gates_of(p.cell) * p.hidden, element = bytes_of(p.dtype);
+    return {Result(p.dx, p.offsets[p.steps], element), Result(p.dweight_ih, gate_rows, element),
+            Result(p.dweight_hh, gate_rows, element)};
   }
 };
-
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 Plan make_plan(const Forward& p, const InstructionSet& isa) {
   const int64_t rows = p.offsets[p.steps], few = isa.few_rows[static_cast<int>(p.dtype)];
@@ -234,18 +239,22 @@ struct Job {
 
   void run(int rank, int size) {
     const int groups = groups_of(problem, blocks, rows_set, size);
-    const Share share = share_for(rank, size, groups);
-    const bool sweeps = share.row_begin < share.row_end;
+    Share share = share_for(rank, size, groups, Chunk{0, problem.steps, 0});
     const bool descending = Order<P>::descending(problem);
-    const bool places_change = groups > 1 && !is_dense(problem);
+    const bool ragged_groups = groups > 1 && !is_dense(problem);
     kernel.begin(problem, plan, share);
     wait(size);
     Chunk before{0, 0, -1};
     for (bool last = false; !last;) {
       const Chunk chunk = next_chunk(problem, descending, before, plan.chunk_rows);
-      // Groups share the room of a chunk's rows, and where batch sizes change, a row's place in it does from chunk to
-      // chunk.
-      if (Order<P>::products_first && places_change && chunk.index > 0) wait(size);
+      if (ragged_groups) {
+        // Groups share the room of a chunk's rows, and a row's place in it changes from chunk to chunk.
+        if (Order<P>::products_first && chunk.index > 0) wait(size);
+        // Between two chunks all wait for one another; cut once for all steps, some would have little to do in the
+        // first of them and others in the last.
+        share = share_for(rank, size, groups, chunk);
+      }
+      const bool sweeps = share.row_begin < share.row_end;
       if (Order<P>::products_first && sweeps) kernel.products(problem, plan, chunk, share);
       if (sweeps) kernel.sweep(problem, plan, chunk, before, share);
       if (!Order<P>::products_first) {
@@ -261,14 +270,14 @@ struct Job {
 
  private:
   // The team may be smaller than was asked for, and is known only inside it.
-  Share share_for(int rank, int size, int groups) {
+  Share share_for(int rank, int size, int groups, const Chunk& chunk) {
     const int members = static_cast<int>(std::min<int64_t>(size / groups, blocks));
     const int group = rank / members, member = rank % members;
     if (group >= groups) return Share{rank, size, 0, 0, 0, 0, 0, 1, nullptr};
-    int64_t begin = 0, end = group_end(problem, 0, groups);
+    int64_t begin = 0, end = group_end(problem, chunk, 0, groups);
     for (int g = 1; g <= group; ++g) {
       begin = end;
-      end = group_end(problem, begin, groups - g);
+      end = group_end(problem, chunk, begin, groups - g);
     }
     return {rank,
             size,
@@ -294,8 +303,7 @@ void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, 
       (2.0 * static_cast<double>(gates_of(p.cell)) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
   if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
   for (const Result& result : Order<P>::results(p)) {
-    const auto bytes = static_cast<size_t>(result.rows * result.matrix.stride * bytes_of(p.dtype));
-    if (bytes > kPerhapsFresh) wish_for_large_pages(result.matrix.data, bytes);
+    if (result.bytes > kPerhapsFresh) wish_for_large_pages(result.data, result.bytes);
   }
   Plan plan = make_plan(p, isa);
   // A chunk has at least one step.

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <stdexcept>
 
 namespace pyrnnfast {
 namespace {
@@ -87,18 +88,20 @@ void parallel(int threads, void (*body)(void*, int, int), void* context) {
 double seconds_to_meet(int threads, int times) {
   struct Meetings {
     Barrier barrier;
-    int times;
+    int times, size;
     double seconds;
-  } meetings{{}, times, 0};
+  } meetings{{}, times, 0, 0};
   const auto body = [](void* context, int rank, int size) {
     auto& m = *static_cast<Meetings*>(context);
     m.barrier.wait(size);
+    if (rank == 0) m.size = size;
     const auto begin = std::chrono::steady_clock::now();
     for (int i = 0; i < m.times; ++i) m.barrier.wait(size);
     const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
     if (rank == 0) m.seconds = taken.count() / m.times;
   };
   parallel(threads, body, &meetings);
+  if (meetings.size != threads) throw std::runtime_error("there is no team of so many threads");
   return meetings.seconds;
 }
 

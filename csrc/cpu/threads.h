@@ -21,8 +21,8 @@ class Barrier {
 // time has the team; a concurrent one, or one from inside a parallel region, gets size = 1.
 void parallel(int threads, void (*body)(void* context, int rank, int size), void* context);
 
-// Seconds that a team of so many threads takes to meet at a barrier, on an average of `times`. For benchmarks: it tells
-// how far apart the processors are that the threads run on.
+// Seconds that a team of so many threads takes to meet at a barrier, on an average of `times`; throws where the team
+// would be smaller. For benchmarks: it tells how far apart the processors are that the threads run on.
 double seconds_to_meet(int threads, int times);
 
 }  // namespace pyrnnfast
