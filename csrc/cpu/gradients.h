@@ -201,20 +201,36 @@ struct Gradients {
     }
   }
 
-  // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, or null for zeros. Each thread has a share
-  // of the rows of dW, and packs all rows of the source for itself.
+  // The first of `count` rows that next() gives, if each lies behind the one before; else null.
+  template <class Next>
+  static const E* together(const Next& next, int64_t count, int64_t width) {
+    const E* const first = next();
+    for (int64_t i = 1; i < count && first != nullptr; ++i) {
+      if (next() != first + i * width) return nullptr;
+    }
+    return first;
+  }
+
+  // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, or null for zeros. Where its panels can be
+  // dealt out evenly, each thread has some columns of dW; else some rows, and packs all panels for itself. What it adds
+  // up elsewhere than in dW itself it has to round in the end, too, and that goes by rows.
   template <class Source>
   static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
                               const Source& source, int64_t columns, bool recurrent, const Sums& out, int rank,
                               int size) {
-    const int64_t begin = share_of(gates * p.hidden, rank, size), end = share_of(gates * p.hidden, rank + 1, size);
+    const int64_t blocks = ceil_div(columns, kMaxVectors * S::lanes);
+    const bool by_columns = kSame<T, E> && blocks % size == 0;
+    const int64_t first_block = by_columns ? blocks / size * rank : 0;
+    const int64_t last_block = by_columns ? first_block + blocks / size : blocks;
+    const int64_t begin = by_columns ? 0 : share_of(gates * p.hidden, rank, size);
+    const int64_t end = by_columns ? gates * p.hidden : share_of(gates * p.hidden, rank + 1, size);
     auto* packed = region<Operand>(plan, kPanels) + rank * kDepth * kMaxVectors * S::lanes;
     const int64_t rows = chunk_rows(p, chunk);
     Cursor start{p.offsets[chunk.first], chunk.first, 0};
     for (int64_t k = 0; k < rows; k += kDepth) {
       const int64_t depth = rows - k < kDepth ? rows - k : kDepth;
       Cursor after = start;
-      for (int64_t index = 0; index < ceil_div(columns, kMaxVectors * S::lanes); ++index) {
+      for (int64_t index = first_block; index < last_block; ++index) {
         const Block b = block_at<S>(columns, kMaxVectors, index);
         const int width = b.vectors * S::lanes;
         after = start;
@@ -227,7 +243,14 @@ struct Gradients {
           }
           return from == nullptr ? nullptr : from + b.first;
         };
-        for (int64_t i = 0; i < depth; ++i) {
+        const Operand* panel = packed;
+        if constexpr (kSame<T, E>) {
+          // Rows of one panel's width that lie beside one another are as it wants them.
+          const E* ready = width == columns ? together(next, depth, width) : nullptr;
+          if (ready != nullptr) panel = ready;
+          if (ready == nullptr) after = start;
+        }
+        for (int64_t i = 0; i < depth && panel == packed; ++i) {
           if constexpr (narrow_products) {
             const E* even = next();
             pack_row_pair<S>(even, i + 1 < depth ? next() : nullptr, b, packed + i * width);
@@ -238,7 +261,7 @@ struct Gradients {
         }
         for_each_stretch(p, recurrent, begin, end, [&](int64_t first, int64_t last, int64_t column) {
           multiply<S>(transposed(p, plan, dgates, k, column), last - first, gates * p.hidden,
-                      Panel<Operand>{packed, width}, b.present, depth, out.data + first * out.stride + b.first,
+                      Panel<Operand>{panel, width}, b.present, depth, out.data + first * out.stride + b.first,
                       out.stride, out.again || k > 0);
         });
       }
