@@ -38,6 +38,8 @@ LAYERS = (
     Layer((160,), 150, single_step=True),
     Layer((9,) * 5 + (7,) * 5 + (2,) * 30 + (1,) * 20, 160, directions=2, packed=True),
     Layer((23, 20, 20, 11, 8, 8, 7) + (5,) * 10 + (1,) * 20, 160, packed=True),
+    Layer((600,) * 3, 64, inputs=64),  # rows that are what a panel is, more than one stretch of a sum has
+    Layer((12,) * 20, 256, inputs=128),  # whole panels for each of two threads
     # Long, and in chunks whose steps have fewer and fewer rows: a group that runs ahead of another by a chunk shows.
     Layer(tuple(size for size in range(64, 8, -2) for _ in range(6)), 100, packed=True),
 )
@@ -71,6 +73,8 @@ SMALL_LAYERS = (
     Layer((13,), 70, inputs=7, single_step=True),
     Layer((13, 13, 12, 9, 9, 9, 5, 4) + (3,) * 4 + (1,) * 9, 40, inputs=6, directions=2, packed=True),
     Layer((31, 20, 20, 11, 8, 8, 7) + (5,) * 10 + (1,) * 20, 19, packed=True),
+    Layer((9,) * 9, 64, inputs=32, directions=2),
+    Layer((13, 13, 12, 9, 9, 9, 5, 4) + (3,) * 4 + (1,) * 9, 64, inputs=16, packed=True),
 )
 
 

@@ -87,7 +87,7 @@ struct ForwardPass {
   static void products(const Forward& p, const Plan& plan, const Chunk& chunk, const Share& share) {
     if (!plan.packed) return;
     const int64_t base = p.offsets[chunk.first];
-    if (share.row_begin == 0 && share.row_end >= p.batch) {
+    if (share.row_begin == 0 && share.row_end >= active_rows(p, chunk.first)) {
       // All rows of all steps lie together.
       const int64_t rows = chunk_rows(p, chunk);
       const int64_t begin = share_of(rows, share.member, share.members);

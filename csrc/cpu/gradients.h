@@ -211,15 +211,15 @@ struct Gradients {
     return first;
   }
 
-  // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, or null for zeros. Where its panels can be
-  // dealt out evenly, each thread has some columns of dW; else some rows, and packs all panels for itself. What it adds
-  // up elsewhere than in dW itself it has to round in the end, too, and that goes by rows.
+  // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, or null for zeros. Where whole panels
+  // can be dealt out evenly, each thread has some columns of dW; else some rows, and packs all panels for itself. What
+  // it adds up elsewhere than in dW itself it has to round in the end, too, and that goes by rows.
   template <class Source>
   static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
                               const Source& source, int64_t columns, bool recurrent, const Sums& out, int rank,
                               int size) {
     const int64_t blocks = ceil_div(columns, kMaxVectors * S::lanes);
-    const bool by_columns = kSame<T, E> && blocks % size == 0;
+    const bool by_columns = kSame<T, E> && columns % (size * kMaxVectors * S::lanes) == 0;
     const int64_t first_block = by_columns ? blocks / size * rank : 0;
     const int64_t last_block = by_columns ? first_block + blocks / size : blocks;
     const int64_t begin = by_columns ? 0 : share_of(gates * p.hidden, rank, size);

@@ -41,7 +41,7 @@ struct Chunk {
   int index;  // in the order of the pass; −1: there is no such chunk
 };
 
-// One thread's part of a pass.
+// One thread's part of a pass; of its rows, where they are ragged, of a chunk.
 struct Share {
   int rank, size;  // of the whole team
   // Of the recurrence: rows × blocks of units; no rows: nothing. Threads that share rows meet at `barrier` after each

@@ -127,7 +127,7 @@ int64_t group_end(const Problem& p, const Chunk& chunk, int64_t begin, int64_t g
   if (groups == 1) return p.batch;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (cost(p, chunk, begin, middle) <= cost(p, chunk, middle, p.batch) / (groups - 1)) {
+    if (cost(p, chunk, begin, middle) < cost(p, chunk, middle, p.batch) / (groups - 1)) {
       low = middle + 1;
     } else {
       high = middle;
@@ -215,8 +215,9 @@ Plan make_plan(const Backward& p, const InstructionSet&) {
   return plan;
 }
 
-// Into how many groups the rows are cut, each for one thread or for several that share its units. Groups never wait for
-// one another; but those of ragged rows end at different times, whatever the cut, as rows go by whole tiles.
+// Into how many groups the rows are cut, each for one thread or for several that share its units. Groups do not
+// wait for one another within a chunk; but those of ragged rows end at different times, whatever the cut, as rows go by
+// whole tiles.
 // `rows_set`: the threshold, read once for the whole team.
 int groups_of(const Problem& p, int64_t blocks, int64_t rows_set, int threads) {
   const bool large = gates_of(p.cell) * p.hidden * p.hidden >= kLargeWeights;
@@ -239,16 +240,17 @@ struct Job {
 
   void run(int rank, int size) {
     const int groups = groups_of(problem, blocks, rows_set, size);
-    Share share = share_for(rank, size, groups, Chunk{0, problem.steps, 0});
+    Chunk before{0, 0, -1};
+    Share share = share_for(rank, size, groups, before);
     const bool descending = Order<P>::descending(problem);
     const bool ragged_groups = groups > 1 && !is_dense(problem);
     kernel.begin(problem, plan, share);
     wait(size);
-    Chunk before{0, 0, -1};
     for (bool last = false; !last;) {
       const Chunk chunk = next_chunk(problem, descending, before, plan.chunk_rows);
       if (ragged_groups) {
-        // Groups share the room of a chunk's rows, and a row's place in it changes from chunk to chunk.
+        // Groups share the room of a chunk's rows, a row's place in it changes from chunk to chunk, and so may the
+        // thread that goes on with its states.
         if (Order<P>::products_first && chunk.index > 0) wait(size);
         // Between two chunks all wait for one another; cut once for all steps, some would have little to do in the
         // first of them and others in the last.
@@ -258,7 +260,8 @@ struct Job {
       if (Order<P>::products_first && sweeps) kernel.products(problem, plan, chunk, share);
       if (sweeps) kernel.sweep(problem, plan, chunk, before, share);
       if (!Order<P>::products_first) {
-        // What a chunk's products read is not written again before all have come to the next chunk's.
+        // What a chunk's products read is not written again before all have come to the next chunk's; and what a row
+        // carries back may be another thread's to take up.
         wait(size);
         kernel.products(problem, plan, chunk, share);
       }
