@@ -94,7 +94,8 @@ class Scratch {
   struct alignas(64) Block {
     size_t bytes, alignment;
   };
-  static constexpr size_t kKept = size_t{32} << 20;
+  // The packed weights of an LSTM of 1024 units and inputs, and its rows of a chunk.
+  static constexpr size_t kKept = size_t{64} << 20;
   static std::atomic<Block*> spare;  // a call at the same time finds none, and takes its own
 
   static void release(Block* block) {
