@@ -247,8 +247,11 @@ struct Gradients {
         if constexpr (kSame<T, E>) {
           // Rows of one panel's width that lie beside one another are as it wants them.
           const E* ready = width == columns ? together(next, depth, width) : nullptr;
-          if (ready != nullptr) panel = ready;
-          if (ready == nullptr) after = start;
+          if (ready != nullptr) {
+            panel = ready;
+          } else {
+            after = start;
+          }
         }
         for (int64_t i = 0; i < depth && panel == packed; ++i) {
           if constexpr (narrow_products) {
