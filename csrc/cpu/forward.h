@@ -295,15 +295,13 @@ struct ForwardPass {
   static void dot_tile(const Forward& p, const Matrix& weight, const A* a, int64_t a_stride, int64_t depth, int rows,
                        const Block& b, T* tile) {
     const int vectors = gates * b.vectors;
+    const auto dots = dots_of<S, A, E>(rows);
     for (int g = 0; g < gates; ++g) {
       for (int v = 0; v < b.vectors; ++v) {
         const int64_t unit = b.first + v * S::lanes;
         const int present = p.hidden - unit < S::lanes ? static_cast<int>(p.hidden - unit) : S::lanes;
-        const E* first = at<const E>(weight, g * p.hidden + unit, 0);
-        for (int m = 0; m < rows; ++m) {
-          S::store(tile + (m * vectors + g * b.vectors + v) * S::lanes,
-                   dots<S>(a + m * a_stride, first, weight.stride, present, depth));
-        }
+        dots(a, a_stride, at<const E>(weight, g * p.hidden + unit, 0), weight.stride, present, depth,
+             tile + (g * b.vectors + v) * S::lanes, vectors * S::lanes);
       }
     }
   }

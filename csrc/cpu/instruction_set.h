@@ -72,9 +72,9 @@ constexpr InstructionSet instruction_set(const char* name) {
   set.activation[static_cast<int>(Activation::tanh)][0] = activate<F, Activation::tanh>;
   set.activation[static_cast<int>(Activation::tanh)][1] = activate<D, Activation::tanh>;
   // Measured, see docs/performance.md.
-  set.few_rows[static_cast<int>(Dtype::float32)] = set.few_rows[static_cast<int>(Dtype::float64)] =
-      Bytes == 64 ? 12 : 20;
-  set.few_rows[static_cast<int>(Dtype::bfloat16)] = Bytes == 16 ? 4 : 8;
+  set.depth_per_row[static_cast<int>(Dtype::float32)] = Bytes == 64 ? 17 : Bytes == 32 ? 10 : 3;
+  set.depth_per_row[static_cast<int>(Dtype::float64)] = Bytes == 64 ? 10 : Bytes == 32 ? 6 : 3;
+  set.depth_per_row[static_cast<int>(Dtype::bfloat16)] = Bytes == 16 ? 64 : 18;
   set.product[0] = multiply_share<F>;
   set.product[1] = multiply_share<D>;
   set.product_panel_bytes = kDepth * kMaxVectors * Bytes;

@@ -74,8 +74,9 @@ struct InstructionSet {
   const char* name;
   Kernel<Forward> forward[kCellKinds][kCpuDtypes];
   Kernel<Backward> backward[kCellKinds][kCpuDtypes];
-  // Up to so many rows, a single step forward does better with weights read where they lie than with packed ones.
-  int64_t few_rows[kCpuDtypes];
+  // Forward, a single step of up to (I + H) / this many rows does better with weights read where they lie than with
+  // packed ones: to pack them costs as much for each k, to sum up dot products costs as much for each row.
+  int64_t depth_per_row[kCpuDtypes];
   // For benchmarks and tests, in float32 and float64.
   ActivationFn activation[2][2];
   ProductFn product[2];

@@ -35,12 +35,13 @@ Threshold chunk_rows{"chunk_rows"};
 // Below this many operations a call takes about as long as waking a team does (some 2 µs, more after a pause).
 Threshold serial_operations{"serial_operations"};
 constexpr int64_t kSerialOperations = 4'000'000;
-// With so few rows in all, packing the weights costs more than it saves: of several steps, and of a single one, where a
-// panel would be used once. Forward that depends on the instruction set (kernel.h), and more rows are few where the
-// weights are so large that packed ones come fresh from the system.
+// With so few rows in all, packing the weights costs more than it saves. Set: rows, whatever the call.
 Threshold unpacked_rows{"unpacked_rows"};
+// Forward it depends on the instruction set (kernel.h), and on the steps, each of which reads unpacked weights anew and
+// more slowly: it counts as so many rows more, where the weights come from memory or not.
+constexpr int64_t kFarWeights = int64_t{16} << 20, kRowsPerFarStep = 25, kRowsPerStep = 3;
+// Backward, of several steps and of a single one, where a panel would be used once.
 constexpr int64_t kUnpackedSteps = 8, kUnpackedBackwardStep = 16;
-constexpr int64_t kFarWeights = int64_t{16} << 20, kFewFarRows = 24;
 // With fewer rows than this a thread, tiles are too low to be efficient. Set: rows are shared before units.
 Threshold rows_per_thread{"rows_per_thread"};
 constexpr int64_t kRowsPerThread = 4;
@@ -193,11 +194,11 @@ struct Order<Backward> {
 };
 
 Plan make_plan(const Forward& p, const InstructionSet& isa) {
-  const int64_t rows = p.offsets[p.steps], few = isa.few_rows[static_cast<int>(p.dtype)];
-  const bool from_far = gates_of(p.cell) * p.hidden * (p.hidden + p.inputs) * bytes_of(p.dtype) > kFarWeights;
+  const int64_t rows = p.offsets[p.steps], depth = p.inputs + p.hidden;
+  const bool from_far = gates_of(p.cell) * p.hidden * depth * bytes_of(p.dtype) > kFarWeights;
+  const int64_t read_again = (p.steps - 1) * (from_far ? kRowsPerFarStep : kRowsPerStep);
   Plan plan{};
-  // Of several steps, each would read weights that are not packed anew.
-  plan.packed = rows > unpacked_rows.or_else(p.steps > 1 ? kUnpackedSteps : from_far ? kFewFarRows : few);
+  plan.packed = rows > unpacked_rows.or_else(depth / isa.depth_per_row[static_cast<int>(p.dtype)] - read_again);
   // Few, so that the chunk stays in the second cache; more where W_ih itself has to come from far away for each chunk.
   const bool far = gates_of(p.cell) * p.hidden * p.inputs >= (int64_t{2} << 20);
   plan.chunk_rows = chunk_rows.or_else(far ? 512 : 128);
@@ -303,7 +304,8 @@ template <class P>
 void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, int threads) {
   const int64_t rows = p.offsets[p.steps];
   const double operations =
-      static_cast<double>(rows) * static_cast<double>(p.hidden) *
+      // A step takes as long as one of a row more: it has to read the weights.
+      static_cast<double>(rows + p.steps) * static_cast<double>(p.hidden) *
       (2.0 * static_cast<double>(gates_of(p.cell)) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
   if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
   for (const Result& result : Order<P>::results(p)) {

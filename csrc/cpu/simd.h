@@ -197,6 +197,15 @@ struct Simd {
     return a * b + c;
   }
 
+  // Loaded once and then used several times; the compiler would load it for each of the uses, where an instruction that
+  // computes can load as well, and loads are what a product of few rows waits for.
+  static Value in_register(Value v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#endif
+    return v;
+  }
+
   // Lane i of the result is the sum of the lanes of v[i]. Uses up `v`.
   static Value sum_each(Value (&v)[lanes]) {
     fold<lanes / 2>(v);

@@ -242,45 +242,75 @@ void multiply(const Left<A>& a, int64_t rows, int64_t whole, const Panel<P>& pan
   }
 }
 
-// out[i] = Σ_k a[k] · weights[i][k] for the `present` ≤ lanes rows of a matrix read where it lies, without packing: for
-// calls with too few rows to pay for that. The result has a whole vector.
+// Calls with too few rows for packing to pay: out[m][i] = Σ_k a[m][k] · weights[i][k] for the `present` ≤ lanes rows of a
+// matrix read where it lies. Of each m a whole vector is written.
 template <class S, class A, class P>
-typename S::Value dots(const A* a, const P* weights, int64_t weight_stride, int present, int64_t depth) {
+using DotsFn = void (*)(const A* a, int64_t a_stride, const P* weights, int64_t weight_stride, int present,
+                        int64_t depth, typename S::Scalar* out, int64_t out_stride);
+
+template <class S, class A, class P, int Rows>
+void dots(const A* a, int64_t a_stride, const P* weights, int64_t weight_stride, int present, int64_t depth,
+          typename S::Scalar* out, int64_t out_stride) {
   using V = typename S::Value;
-  // Several rows at once, so that the multipliers need not wait for one another's results.
-  constexpr int group = S::lanes < 8 ? S::lanes : 8;
-  V sums[S::lanes];
+  // So many rows of the weights at once that the multipliers need not wait for one another's results.
+  constexpr int several = 8 * Rows <= S::registers / 2 ? 8 : 4;
+  constexpr int group = S::lanes < several ? S::lanes : several;
+  V sums[Rows][S::lanes];
   for (int first = 0; first < S::lanes; first += group) {
     const P* row[group];
-    V sum[group];
+    V sum[Rows][group];
 #pragma GCC unroll 8
     for (int i = 0; i < group; ++i) {
       // Rows that do not exist repeat the last.
       row[i] = weights + (first + i < present ? first + i : present - 1) * weight_stride;
-      sum[i] = V{};
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) sum[m][i] = V{};
     }
     int64_t k = 0;
     if constexpr (S::has_pair_product && sizeof(A) == sizeof(Bf16) && sizeof(P) == sizeof(Bf16)) {
       for (; k + 2 * S::lanes <= depth; k += 2 * S::lanes) {
 #pragma GCC unroll 8
-        for (int i = 0; i < group; ++i) sum[i] = S::add_products(a + k, row[i] + k, sum[i]);
+        for (int i = 0; i < group; ++i) {
+#pragma GCC unroll 8
+          for (int m = 0; m < Rows; ++m) sum[m][i] = S::add_products(a + m * a_stride + k, row[i] + k, sum[m][i]);
+        }
       }
     }
-    for (; k + S::lanes <= depth; k += S::lanes) {
-      const V x = S::load(a + k);
+    const auto add = [&](const auto& load) {
+      V x[Rows];
 #pragma GCC unroll 8
-      for (int i = 0; i < group; ++i) sum[i] = S::fma(x, S::load(row[i] + k), sum[i]);
-    }
+      for (int m = 0; m < Rows; ++m) x[m] = load(a + m * a_stride + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < group; ++i) {
+        V weight = load(row[i] + k);
+        if constexpr (Rows > 1) weight = S::in_register(weight);
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; ++m) sum[m][i] = S::fma(x[m], weight, sum[m][i]);
+      }
+    };
+    for (; k + S::lanes <= depth; k += S::lanes) add([](const auto* p) { return S::load(p); });
     const int left = static_cast<int>(depth - k);
-    if (left > 0) {
-      const V x = S::load_part(a + k, left);
+    if (left > 0) add([left](const auto* p) { return S::load_part(p, left); });
 #pragma GCC unroll 8
-      for (int i = 0; i < group; ++i) sum[i] = S::fma(x, S::load_part(row[i] + k, left), sum[i]);
+    for (int i = 0; i < group; ++i) {
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) sums[m][first + i] = sum[m][i];
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < group; ++i) sums[first + i] = sum[i];
   }
-  return S::sum_each(sums);
+  for (int m = 0; m < Rows; ++m) S::store(out + m * out_stride, S::sum_each(sums[m]));
+}
+
+// For as many rows as a tile has.
+template <class S, class A, class P>
+DotsFn<S, A, P> dots_of(int rows) {
+  if constexpr (Products<S, A, P>::max_rows == 6) {
+    static constexpr DotsFn<S, A, P> of[] = {dots<S, A, P, 1>, dots<S, A, P, 2>, dots<S, A, P, 3>,
+                                             dots<S, A, P, 4>, dots<S, A, P, 5>, dots<S, A, P, 6>};
+    return of[rows - 1];
+  } else {
+    static constexpr DotsFn<S, A, P> of[] = {dots<S, A, P, 1>, dots<S, A, P, 2>, dots<S, A, P, 3>};
+    return of[rows - 1];
+  }
 }
 
 }  // namespace
