@@ -55,7 +55,8 @@ struct BackwardPass {
 
   static void begin(const Backward& p, const Plan& plan, const Share& share) {
     if (needs_hidden(p)) {
-      for (int64_t index = share.rank; index < blocks(p); index += share.size) {
+      const Blocks own = blocks_to_pack(blocks(p), share);
+      for (int64_t index = own.begin; index < own.end; ++index) {
         const Block b = block(p, index);
         if (narrow(p)) {
           G::template pack<E>(p, p.weight_hh, b, G::template packed_panel<E>(p, plan, kPackedHidden, b));

@@ -54,7 +54,8 @@ struct ForwardPass {
   static void begin(const Forward& p, const Plan& plan, const Share& share) {
     const auto* w_hh = static_cast<const E*>(p.weight_hh.data);
     const auto* w_ih = static_cast<const E*>(p.weight_ih.data);
-    for (int64_t index = share.rank; index < blocks(p); index += share.size) {
+    const Blocks own = blocks_to_pack(blocks(p), share);
+    for (int64_t index = own.begin; index < own.end; ++index) {
       const Block b = block(p, index);
       if (plan.packed) {
         if (has_recurrent_product(p)) {
@@ -83,30 +84,29 @@ struct ForwardPass {
     }
   }
 
-  // The input's product for the share's rows of a chunk, in the order of the tiles.
+  // The input's product for the share's rows of a chunk, in the order of the tiles. Threads that share rows have each
+  // its own units here, too, where these can be dealt out evenly: what one writes no other will read, and each reads
+  // its part of the weights only. Else they share the rows.
   static void products(const Forward& p, const Plan& plan, const Chunk& chunk, const Share& share) {
     if (!plan.packed) return;
     const int64_t base = p.offsets[chunk.first];
+    Rows parts[kSteps];
+    int count = 0;
     if (share.row_begin == 0 && share.row_end >= active_rows(p, chunk.first)) {
       // All rows of all steps lie together.
-      const int64_t rows = chunk_rows(p, chunk);
-      const int64_t begin = share_of(rows, share.member, share.members);
-      Rows part{begin, share_of(rows, share.member + 1, share.members) - begin};
-      input_products(p, plan, chunk, &part, 1);
+      parts[0] = {0, chunk_rows(p, chunk)};
+      input_products(p, plan, chunk, parts, 1, share);
     } else {
-      // The rows of each step; members take turns.
-      Rows parts[kSteps];
-      int count = 0;
-      for (int64_t t = chunk.first + share.member; t < chunk.last; t += share.members) {
+      for (int64_t t = chunk.first; t < chunk.last; ++t) {
         const int64_t active = active_rows(p, t), end = active < share.row_end ? active : share.row_end;
         if (share.row_begin < end) parts[count++] = {p.offsets[t] - base + share.row_begin, end - share.row_begin};
-        if (count == kSteps || t + share.members >= chunk.last) {
-          input_products(p, plan, chunk, parts, count);
+        if (count == kSteps || (t + 1 == chunk.last && count > 0)) {
+          input_products(p, plan, chunk, parts, count, share);
           count = 0;
         }
       }
     }
-    meet(share);
+    if (!by_units(p, share)) meet(share);
   }
 
   static void sweep(const Forward& p, const Plan& plan, const Chunk& chunk, const Chunk&, const Share& share) {
@@ -255,37 +255,58 @@ struct ForwardPass {
                                                                           p.hidden, tile, width, false);
   }
 
-  static void input_products(const Forward& p, const Plan& plan, const Chunk& chunk, const Rows* parts, int count) {
+  static bool by_units(const Forward& p, const Share& share) {
+    return padded<S>(p.hidden) % (share.members * unit_vectors * S::lanes) == 0;
+  }
+
+  static void input_products(const Forward& p, const Plan& plan, const Chunk& chunk, const Rows* parts, int count,
+                             const Share& share) {
     const int64_t base = p.offsets[chunk.first], whole = chunk_rows(p, chunk);
-    const Matrix rows = x_of(p, plan, base, parts, count);
-    for (int64_t index = 0; index < blocks(p); ++index) {
+    const Matrix rows = x_of(p, plan, base, parts, count, share);
+    const bool all_rows = by_units(p, share);
+    const int64_t last_block = all_rows ? share.block_end : blocks(p);
+    for (int64_t index = all_rows ? share.block_begin : 0; index < last_block; ++index) {
       const Block b = block(p, index);
       const int width = gates * b.vectors * S::lanes;
       for (int64_t k = 0; k < p.inputs; k += kDepth) {
         const int64_t depth = p.inputs - k < kDepth ? p.inputs - k : kDepth;
         // The next panel lies behind this one.
         const Operand* data = input_panel(p, plan, b) + k * width;
-        const Panel<Operand> panel{data, width, data + depth * width};
+        const bool is_last = index + 1 == last_block && k + depth == p.inputs;
+        const Panel<Operand> panel{data, width, is_last ? nullptr : data + depth * width};
         for (int i = 0; i < count; ++i) {
-          const Left<Operand> x{at<const Operand>(rows, parts[i].first, k), rows.stride, 1};
-          T* out = region<T>(plan, kGates0) + parts[i].first * gates_stride(p) + gates_offset(b);
-          multiply<S>(x, parts[i].count, whole, panel, width, depth, out, gates_stride(p), k > 0);
+          const Rows part = all_rows ? parts[i] : own_part(parts[i], i, count, share);
+          const Left<Operand> x{at<const Operand>(rows, part.first, k), rows.stride, 1};
+          T* out = region<T>(plan, kGates0) + part.first * gates_stride(p) + gates_offset(b);
+          multiply<S>(x, part.count, whole, panel, width, depth, out, gates_stride(p), k > 0);
         }
       }
     }
   }
 
-  // Rows of x as the products want them: where they lie, or widened. Row 0 is the first of the chunk.
-  static Matrix x_of(const Forward& p, const Plan& plan, int64_t base, const Rows* parts, int count) {
+  // Of several parts, which are low, members take turns.
+  static Rows own_part(const Rows& part, int index, int count, const Share& share) {
+    if (count > 1) return {part.first, index % share.members == share.member ? part.count : 0};
+    const int64_t begin = share_of(part.count, share.member, share.members);
+    return {part.first + begin, share_of(part.count, share.member + 1, share.members) - begin};
+  }
+
+  // Rows of x as the products want them: where they lie, or widened, to which all who share them contribute. Row 0 is
+  // the first of the chunk.
+  static Matrix x_of(const Forward& p, const Plan& plan, int64_t base, const Rows* parts, int count,
+                     const Share& share) {
     if constexpr (kSame<Operand, E>) {
       return {at<E>(p.x, base, 0), p.x.stride};
     } else {
       const Matrix wide{region<T>(plan, kRows), padded<S>(p.inputs)};
       for (int i = 0; i < count; ++i) {
-        for (int64_t row = parts[i].first; row < parts[i].first + parts[i].count; ++row) {
+        const int64_t end = share_of(parts[i].count, share.member + 1, share.members);
+        for (int64_t m = share_of(parts[i].count, share.member, share.members); m < end; ++m) {
+          const int64_t row = parts[i].first + m;
           copy_row<S>(at<const E>(p.x, base + row, 0), p.inputs, at<T>(wide, row, 0));
         }
       }
+      meet(share);
       return wide;
     }
   }
@@ -295,13 +316,13 @@ struct ForwardPass {
   static void dot_tile(const Forward& p, const Matrix& weight, const A* a, int64_t a_stride, int64_t depth, int rows,
                        const Block& b, T* tile) {
     const int vectors = gates * b.vectors;
-    const auto dots = dots_of<S, A, E>(rows);
+    const auto of_rows = dots_of<S, A, E>(rows);
     for (int g = 0; g < gates; ++g) {
       for (int v = 0; v < b.vectors; ++v) {
         const int64_t unit = b.first + v * S::lanes;
         const int present = p.hidden - unit < S::lanes ? static_cast<int>(p.hidden - unit) : S::lanes;
-        dots(a, a_stride, at<const E>(weight, g * p.hidden + unit, 0), weight.stride, present, depth,
-             tile + (g * b.vectors + v) * S::lanes, vectors * S::lanes);
+        of_rows(a, a_stride, at<const E>(weight, g * p.hidden + unit, 0), weight.stride, present, depth,
+                tile + (g * b.vectors + v) * S::lanes, vectors * S::lanes);
       }
     }
   }

@@ -75,7 +75,7 @@ struct InstructionSet {
   Kernel<Forward> forward[kCellKinds][kCpuDtypes];
   Kernel<Backward> backward[kCellKinds][kCpuDtypes];
   // Forward, a single step of up to (I + H) / this many rows does better with weights read where they lie than with
-  // packed ones: to pack them costs as much for each k, to sum up dot products costs as much for each row.
+  // packed ones: packing takes as long for every k, and adding up the vectors of dot products as long for every row.
   int64_t depth_per_row[kCpuDtypes];
   // For benchmarks and tests, in float32 and float64.
   ActivationFn activation[2][2];

@@ -45,6 +45,17 @@ inline int64_t chunk_rows(const Problem& p, const Chunk& chunk) {
 // What thread `rank` of `size` has of so many: [share_of(rank), share_of(rank + 1)).
 inline int64_t share_of(int64_t count, int rank, int size) { return count * rank / size; }
 
+// The blocks whose weights a thread packs. Where all threads share the units it is they that will read them: what
+// another has just written is far away.
+struct Blocks {
+  int64_t begin, end;
+};
+inline Blocks blocks_to_pack(int64_t blocks, const Share& share) {
+  const int packers = share.size < blocks ? share.size : static_cast<int>(blocks);
+  if (share.rank >= packers) return {0, 0};
+  return {share_of(blocks, share.rank, packers), share_of(blocks, share.rank + 1, packers)};
+}
+
 // The longest stretch of a sum that one tile takes at once: its part of the panel then stays in the second cache while
 // all rows pass by.
 inline constexpr int64_t kDepth = 512;

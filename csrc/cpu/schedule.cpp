@@ -37,9 +37,11 @@ Threshold serial_operations{"serial_operations"};
 constexpr int64_t kSerialOperations = 4'000'000;
 // With so few rows in all, packing the weights costs more than it saves. Set: rows, whatever the call.
 Threshold unpacked_rows{"unpacked_rows"};
-// Forward it depends on the instruction set (kernel.h), and on the steps, each of which reads unpacked weights anew and
-// more slowly: it counts as so many rows more, where the weights come from memory or not.
-constexpr int64_t kFarWeights = int64_t{16} << 20, kRowsPerFarStep = 25, kRowsPerStep = 3;
+// Forward it depends on the instruction set and on I + H (kernel.h), up to where it has been measured. Of several steps
+// each reads unpacked weights anew, and more slowly than packed ones: it counts as so many rows more, which are many
+// where the weights come from memory and not from a cache.
+constexpr int64_t kMostUnpackedRows = 96, kRowsPerStep = 3;
+constexpr int64_t kFarWeights = int64_t{16} << 20, kRowsPerFarStep = 25;
 // Backward, of several steps and of a single one, where a panel would be used once.
 constexpr int64_t kUnpackedSteps = 8, kUnpackedBackwardStep = 16;
 // With fewer rows than this a thread, tiles are too low to be efficient. Set: rows are shared before units.
@@ -194,11 +196,14 @@ struct Order<Backward> {
 };
 
 Plan make_plan(const Forward& p, const InstructionSet& isa) {
-  const int64_t rows = p.offsets[p.steps], depth = p.inputs + p.hidden;
+  const int64_t rows = p.offsets[p.steps];
+  // A first step without a state has no recurrent product: half as much to add up for each row.
+  const int64_t depth = p.steps > 1 || p.h0.data != nullptr ? p.inputs + p.hidden : 2 * p.inputs;
   const bool from_far = gates_of(p.cell) * p.hidden * depth * bytes_of(p.dtype) > kFarWeights;
   const int64_t read_again = (p.steps - 1) * (from_far ? kRowsPerFarStep : kRowsPerStep);
+  const int64_t few = std::min(depth / isa.depth_per_row[static_cast<int>(p.dtype)], kMostUnpackedRows) - read_again;
   Plan plan{};
-  plan.packed = rows > unpacked_rows.or_else(depth / isa.depth_per_row[static_cast<int>(p.dtype)] - read_again);
+  plan.packed = rows > unpacked_rows.or_else(few);
   // Few, so that the chunk stays in the second cache; more where W_ih itself has to come from far away for each chunk.
   const bool far = gates_of(p.cell) * p.hidden * p.inputs >= (int64_t{2} << 20);
   plan.chunk_rows = chunk_rows.or_else(far ? 512 : 128);
@@ -308,6 +313,10 @@ void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, 
       static_cast<double>(rows + p.steps) * static_cast<double>(p.hidden) *
       (2.0 * static_cast<double>(gates_of(p.cell)) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
   if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
+  const int64_t blocks = kernel.blocks(p), rows_set = rows_per_thread.or_else(-1);
+  // Forward, all work is divided as the recurrence is.
+  if (Order<P>::products_first)
+    threads = static_cast<int>(std::min<int64_t>(threads, groups_of(p, blocks, rows_set, threads) * blocks));
   for (const Result& result : Order<P>::results(p)) {
     if (result.bytes > kPerhapsFresh) wish_for_large_pages(result.data, result.bytes);
   }
@@ -326,13 +335,7 @@ void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, 
   }
   const Scratch scratch(total);
   for (int r = 0; r < kRegions; ++r) plan.region[r] = bytes[r] > 0 ? scratch.data() + begin[r] : nullptr;
-  Job<P> job{p,
-             kernel,
-             plan,
-             kernel.blocks(p),
-             rows_per_thread.or_else(-1),
-             std::vector<Barrier>(static_cast<size_t>(threads)),
-             {}};
+  Job<P> job{p, kernel, plan, blocks, rows_set, std::vector<Barrier>(static_cast<size_t>(threads)), {}};
   parallel(threads, Job<P>::body, &job);
 }
 

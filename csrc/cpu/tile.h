@@ -242,8 +242,8 @@ void multiply(const Left<A>& a, int64_t rows, int64_t whole, const Panel<P>& pan
   }
 }
 
-// Calls with too few rows for packing to pay: out[m][i] = Σ_k a[m][k] · weights[i][k] for the `present` ≤ lanes rows of a
-// matrix read where it lies. Of each m a whole vector is written.
+// Calls with too few rows for packing to pay: out[m][i] = Σ_k a[m][k] · weights[i][k] for the `present` ≤ lanes rows of
+// a matrix read where it lies. Of each m a whole vector is written, and its bits do not depend on the other rows.
 template <class S, class A, class P>
 using DotsFn = void (*)(const A* a, int64_t a_stride, const P* weights, int64_t weight_stride, int present,
                         int64_t depth, typename S::Scalar* out, int64_t out_stride);
