@@ -308,8 +308,8 @@ struct Job {
 template <class P>
 void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, int threads) {
   const int64_t rows = p.offsets[p.steps];
+  // A step counts as a row more: even of one row it has to read all the weights.
   const double operations =
-      // A step takes as long as one of a row more: it has to read the weights.
       static_cast<double>(rows + p.steps) * static_cast<double>(p.hidden) *
       (2.0 * static_cast<double>(gates_of(p.cell)) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
   if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
