@@ -47,7 +47,7 @@ struct BackwardPass {
     bytes[kGates0] = bytes[kGates1] = narrow_size * plan.chunk_rows * G::dgates_stride(p);
     if (narrow_products) bytes[kPairs] = narrow_size * packed_depth(plan.chunk_rows) * G::dgates_stride(p);
     bytes[kPanels] = narrow_size * plan.threads * kDepth * kMaxVectors * S::lanes;
-    if (!kSame<T, E>) {
+    if (!kSame<T, E> && !G::rounds_tiles(p, plan)) {
       if (p.dweight_ih.data != nullptr) bytes[kSumsInput] = size * gates * p.hidden * p.inputs;
       if (p.dweight_hh.data != nullptr) bytes[kSumsHidden] = size * gates * p.hidden * p.hidden;
     }
@@ -145,7 +145,7 @@ struct BackwardPass {
     }
     // Each thread rounds what it has added up itself.
     if constexpr (!kSame<T, E>) {
-      const int64_t gate_rows = gates * p.hidden;
+      const int64_t gate_rows = G::rounds_tiles(p, plan) ? 0 : gates * p.hidden;
       for (int64_t row = share_of(gate_rows, rank, size); row < share_of(gate_rows, rank + 1, size); ++row) {
         if (p.dweight_ih.data != nullptr)
           narrow_row<S>(region<T>(plan, kSumsInput) + row * p.inputs, p.inputs, at<E>(p.dweight_ih, row, 0), false);

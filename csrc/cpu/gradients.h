@@ -46,6 +46,12 @@ struct Gradients {
     pack_by_column<S>(static_cast<const E*>(weight.data), weight.stride, gates * p.hidden, b, to);
   }
 
+  // Whether dW is rounded tile by tile: one product sums up all rows. Else float32 sums of it are kept until the end.
+  static bool rounds_tiles(const Backward& p, const Plan& plan) {
+    const int64_t rows = p.offsets[p.steps];
+    return !kSame<T, E> && rows <= plan.chunk_rows && rows <= kDepth;
+  }
+
   static Operand* dgates_at(const Backward& p, const Plan& plan, const Chunk& chunk, int64_t t) {
     Operand* rows = region<Operand>(plan, chunk.index % 2 == 0 ? kGates0 : kGates1);
     return rows + (p.offsets[t] - p.offsets[chunk.first]) * dgates_stride(p);
@@ -74,13 +80,13 @@ struct Gradients {
     if constexpr (narrow_products) pair_rows(p, plan, dgates, rows, rank, size);
     if (p.dweight_ih.data != nullptr) {
       const auto source = [&](const Cursor& at_row) { return at<const E>(p.x, at_row.flat, 0); };
-      weight_gradient(p, plan, chunk, dgates, source, p.inputs, false,
+      weight_gradient(p, plan, chunk, dgates, source, p.inputs, false, p.dweight_ih,
                       Sums{sums(p.dweight_ih, plan, kSumsInput), sums_stride(p.dweight_ih, p.inputs), again}, rank,
                       size);
     }
     if (p.dweight_hh.data != nullptr) {
       const auto source = [&](const Cursor& at_row) { return previous_h(p, at_row.t, at_row.row); };
-      weight_gradient(p, plan, chunk, dgates, source, p.hidden, true,
+      weight_gradient(p, plan, chunk, dgates, source, p.hidden, true, p.dweight_hh,
                       Sums{sums(p.dweight_hh, plan, kSumsHidden), sums_stride(p.dweight_hh, p.hidden), again}, rank,
                       size);
     }
@@ -211,13 +217,28 @@ struct Gradients {
     return first;
   }
 
+  // Some rows of one panel's columns of dW, of all rows of the data, rounded while they are in the first cache.
+  static void rounded_product(const Backward& p, const Left<Operand>& left, int64_t rows, const Panel<Operand>& panel,
+                              int columns, int64_t depth, E* out, int64_t out_stride) {
+    constexpr int64_t most = 8 * Products<S, Operand, Operand>::max_rows, width = kMaxVectors * S::lanes;
+    alignas(64) T tiles[most * width];
+    for (int64_t first = 0; first < rows; first += most) {
+      const int64_t count = rows - first < most ? rows - first : most;
+      multiply<S>(Left<Operand>{left.data + first * left.row, left.row, left.depth}, count, gates * p.hidden, panel,
+                  static_cast<int>(panel.stride), depth, tiles, width, false);
+      for (int64_t i = 0; i < count; ++i) {
+        narrow_row<S>(tiles + i * width, columns, out + (first + i) * out_stride, false);
+      }
+    }
+  }
+
   // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, or null for zeros. Where whole panels
   // can be dealt out evenly, each thread has some columns of dW; else some rows, and packs all panels for itself. What
   // it adds up elsewhere than in dW itself it has to round in the end, too, and that goes by rows.
   template <class Source>
   static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
-                              const Source& source, int64_t columns, bool recurrent, const Sums& out, int rank,
-                              int size) {
+                              const Source& source, int64_t columns, bool recurrent, const Matrix& gradient,
+                              const Sums& out, int rank, int size) {
     const int64_t blocks = ceil_div(columns, kMaxVectors * S::lanes);
     const bool by_columns = kSame<T, E> && columns % (size * kMaxVectors * S::lanes) == 0;
     const int64_t first_block = by_columns ? blocks / size * rank : 0;
@@ -263,9 +284,15 @@ struct Gradients {
           }
         }
         for_each_stretch(p, recurrent, begin, end, [&](int64_t first, int64_t last, int64_t column) {
-          multiply<S>(transposed(p, plan, dgates, k, column), last - first, gates * p.hidden,
-                      Panel<Operand>{panel, width}, b.present, depth, out.data + first * out.stride + b.first,
-                      out.stride, out.again || k > 0);
+          const Left<Operand> left = transposed(p, plan, dgates, k, column);
+          if constexpr (!kSame<T, E>) {
+            if (rounds_tiles(p, plan)) {
+              return rounded_product(p, left, last - first, Panel<Operand>{panel, width}, b.present, depth,
+                                     at<E>(gradient, first, b.first), gradient.stride);
+            }
+          }
+          multiply<S>(left, last - first, gates * p.hidden, Panel<Operand>{panel, width}, b.present, depth,
+                      out.data + first * out.stride + b.first, out.stride, out.again || k > 0);
         });
       }
       start = after;
