@@ -71,6 +71,9 @@ SMALL_LAYERS = (
     Layer((8,) * 9, 35, inputs=3, directions=2),
     Layer((14,) * 9, 20, inputs=520),
     Layer((13,), 70, inputs=7, single_step=True),
+    # A single step whose panels are dealt out evenly, each packed by the thread that uses it.
+    Layer((13,), 128, inputs=70, single_step=True),
+    Layer((30,), 256, inputs=128, directions=2),
     Layer((13, 13, 12, 9, 9, 9, 5, 4) + (3,) * 4 + (1,) * 9, 40, inputs=6, directions=2, packed=True),
     Layer((31, 20, 20, 11, 8, 8, 7) + (5,) * 10 + (1,) * 20, 19, packed=True),
     Layer((9,) * 9, 64, inputs=32, directions=2),

@@ -27,21 +27,23 @@ struct BackwardPass {
   static int64_t blocks(const Backward& p) { return ceil_div(p.hidden, unit_vectors * S::lanes); }
   static Block block(const Backward& p, int64_t index) { return block_at<S>(p.hidden, unit_vectors, index); }
 
-  static bool needs_hidden(const Backward& p) { return p.steps > 1 || p.dh0.data != nullptr; }
+  // Whether panels of W_hh are packed before the pass: of a single step there is no product but dh0's.
+  static bool packs_hidden(const Backward& p, const Plan& plan) {
+    return p.steps > 1 || (p.dh0.data != nullptr && G::packed(p, plan, kPackedHidden));
+  }
   static bool narrow(const Backward& p) { return narrow_products || (!kSame<T, E> && p.batch < 8); }
 
   static void layout(const Backward& p, const Plan& plan, int64_t* bytes) {
     constexpr auto size = static_cast<int64_t>(sizeof(T)), narrow_size = static_cast<int64_t>(sizeof(Operand));
-    // Unpacked, only a last block that is not whole has to be copied.
-    if (needs_hidden(p)) {
+    // Panels that are not packed before the pass are read where they lie, but for a last block that is not whole.
+    if (packs_hidden(p, plan)) {
       const int64_t columns = plan.packed ? padded<S>(p.hidden) : unit_vectors * S::lanes;
-      bytes[kPackedHidden] = size * packed_depth(gates * p.hidden) * columns;
+      bytes[kPackedHidden] = (narrow(p) ? narrow_size : size) * packed_depth(gates * p.hidden) * columns;
     }
-    if (p.dx.data != nullptr) {
-      const int64_t columns = plan.input_packed ? padded<S>(p.inputs) : unit_vectors * S::lanes;
-      bytes[kPackedInput] = narrow_size * packed_depth(gates * p.hidden) * columns;
-      if (!kSame<T, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
+    if (p.dx.data != nullptr && G::packed(p, plan, kPackedInput)) {
+      bytes[kPackedInput] = narrow_size * packed_depth(gates * p.hidden) * padded<S>(p.inputs);
     }
+    bytes[kRows] = plan.threads * G::own_rows_bytes(p, plan);
     bytes[kBias] = size * Cell::dgates * p.hidden;
     if (Cell::has_carry) bytes[kCell] = size * p.batch * padded<S>(p.hidden);
     bytes[kGates0] = bytes[kGates1] = narrow_size * plan.chunk_rows * G::dgates_stride(p);
@@ -54,7 +56,7 @@ struct BackwardPass {
   }
 
   static void begin(const Backward& p, const Plan& plan, const Share& share) {
-    if (needs_hidden(p)) {
+    if (packs_hidden(p, plan)) {
       const Blocks own = blocks_to_pack(blocks(p), share);
       for (int64_t index = own.begin; index < own.end; ++index) {
         const Block b = block(p, index);
@@ -65,11 +67,11 @@ struct BackwardPass {
         }
       }
     }
-    if (p.dx.data != nullptr) {
-      for (int64_t index = share.rank; index < G::input_blocks(p); index += share.size) {
-        const Block b = G::input_block(p, index);
-        if (!G::lies_ready(plan, kPackedInput, b))
-          G::template pack<Operand>(p, p.weight_ih, b, G::template packed_panel<Operand>(p, plan, kPackedInput, b));
+    if (p.dx.data != nullptr && G::packed(p, plan, kPackedInput)) {
+      const int64_t blocks = ceil_div(p.inputs, kMaxVectors * S::lanes);
+      for (int64_t index = share.rank; index < blocks; index += share.size) {
+        const Block b = block_at<S>(p.inputs, kMaxVectors, index);
+        G::template pack<Operand>(p, p.weight_ih, b, G::template packed_panel<Operand>(p, plan, kPackedInput, b));
       }
     }
     if constexpr (Cell::has_carry) {
@@ -116,7 +118,7 @@ struct BackwardPass {
         stretch(starting, end, starting_heights, nullptr);
         // Sequences that had their first step just before, in a layer that runs backward.
         const int64_t first = end > share.row_begin ? end : share.row_begin;
-        if (p.dh0.data != nullptr && first < leaving) leave(p, plan, b, first, leaving, dgates);
+        if (p.dh0.data != nullptr && first < leaving) leave(p, plan, b, first, leaving, dgates, share.rank);
       }
       meet(share);
     }
@@ -132,10 +134,12 @@ struct BackwardPass {
     const int64_t units = padded<S>(p.hidden);
     const int64_t row_begin = share_of(p.batch, rank, size), row_end = share_of(p.batch, rank + 1, size);
     if (p.dh0.data != nullptr) {
-      const int64_t active = active_rows(p, t), leaving = row_end < active ? row_end : active;
-      const Operand* dgates = G::dgates_at(p, plan, last, t);
-      for (int64_t index = 0; index < blocks(p) && row_begin < leaving; ++index) {
-        leave(p, plan, block(p, index), row_begin, leaving, dgates);
+      using Part = typename G::Part;
+      const int64_t active = active_rows(p, t);
+      const Part part = G::packs_at_use(p, plan, kPackedHidden) ? Part::of_blocks(active, blocks(p), share)
+                                                                : Part::of_rows(active, blocks(p), share);
+      for (int64_t index = part.block_begin; index < part.block_end; ++index) {
+        leave(p, plan, block(p, index), part.row_begin, part.row_end, G::dgates_at(p, plan, last, t), rank);
       }
     }
     if constexpr (Cell::has_cell) {
@@ -353,21 +357,26 @@ struct BackwardPass {
 
   // ∂L/∂h0 of rows whose first step was the one that `dgates` (row 0) belong to.
   static void leave(const Backward& p, const Plan& plan, const Block& b, int64_t first, int64_t end,
-                    const Operand* dgates) {
-    alignas(64) T tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
-    const int width = b.vectors * S::lanes, tallest = Products<S, T, T>::rows(p.batch);
-    while (first < end) {
-      const int rows = static_cast<int>(end - first < tallest ? end - first : tallest);
-      recurrent_product(p, plan, b, dgates + first * G::dgates_stride(p), Place{0, first, rows, 0, 0, {}}, tile);
-      for (int m = 0; m < rows; ++m, ++first) {
-        if constexpr (Cell::has_carry && !Cell::has_cell) {
-          const T* carry = region<T>(plan, kCell) + first * padded<S>(p.hidden) + b.first;
-          for (int i = 0; i < width; i += S::lanes) {
-            S::store(tile + m * width + i, S::load(tile + m * width + i) + S::load(carry + i));
-          }
-        }
-        narrow_row<S>(tile + m * width, b.present, at<E>(p.dh0, first, b.first), false);
+                    const Operand* dgates, int rank) {
+    if (first == end) return;
+    T* const sums = G::own_rows(p, plan, rank);
+    const int width = b.vectors * S::lanes;
+    const auto through = [&](auto type) {
+      G::template through_weight<decltype(type)>(p, plan, dgates + first * G::dgates_stride(p), end - first, p.batch,
+                                                 kPackedHidden, b, width, rank, sums, width, false);
+    };
+    if (narrow(p)) {
+      through(E{});
+    } else if constexpr (!narrow_products) {
+      through(T{});
+    }
+    for (int64_t row = first; row < end; ++row) {
+      T* own = sums + (row - first) * width;
+      if constexpr (Cell::has_carry && !Cell::has_cell) {
+        const T* carry = region<T>(plan, kCell) + row * padded<S>(p.hidden) + b.first;
+        for (int i = 0; i < width; i += S::lanes) S::store(own + i, S::load(own + i) + S::load(carry + i));
       }
+      narrow_row<S>(own, b.present, at<E>(p.dh0, row, b.first), false);
     }
   }
 };

@@ -26,6 +26,8 @@ struct ForwardPass {
   // A tile is at most four vectors wide: the gates of one vector of units, or four vectors of units.
   static constexpr int unit_vectors = gates == 1 ? kMaxVectors : 1;
 
+  static constexpr int widest = gates * unit_vectors * S::lanes;
+
   static int64_t blocks(const Forward& p) { return ceil_div(p.hidden, unit_vectors * S::lanes); }
   static Block block(const Forward& p, int64_t index) { return block_at<S>(p.hidden, unit_vectors, index); }
 
@@ -41,8 +43,9 @@ struct ForwardPass {
     constexpr auto size = static_cast<int64_t>(sizeof(T));
     const int64_t units = padded<S>(p.hidden);
     if (plan.packed) {
-      if (has_recurrent_product(p)) bytes[kPackedHidden] = size * packed_depth(p.hidden) * gates_stride(p);
-      bytes[kPackedInput] = size * packed_depth(p.inputs) * gates_stride(p);
+      const int64_t columns = plan.packed_at_use ? plan.threads * widest : gates_stride(p);
+      if (has_recurrent_product(p)) bytes[kPackedHidden] = size * packed_depth(p.hidden) * columns;
+      bytes[kPackedInput] = size * packed_depth(p.inputs) * columns;
       bytes[kGates0] = size * plan.chunk_rows * gates_stride(p);
       if (!kSame<Operand, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
     }
@@ -52,20 +55,12 @@ struct ForwardPass {
   }
 
   static void begin(const Forward& p, const Plan& plan, const Share& share) {
-    const auto* w_hh = static_cast<const E*>(p.weight_hh.data);
-    const auto* w_ih = static_cast<const E*>(p.weight_ih.data);
     const Blocks own = blocks_to_pack(blocks(p), share);
     for (int64_t index = own.begin; index < own.end; ++index) {
       const Block b = block(p, index);
-      if (plan.packed) {
-        if (has_recurrent_product(p)) {
-          if (narrow(p)) {
-            pack_by_unit<S>(w_hh, p.weight_hh.stride, gates, p.hidden, p.hidden, b, hidden_panel<E>(p, plan, b));
-          } else {
-            pack_by_unit<S>(w_hh, p.weight_hh.stride, gates, p.hidden, p.hidden, b, hidden_panel<T>(p, plan, b));
-          }
-        }
-        pack_by_unit<S>(w_ih, p.weight_ih.stride, gates, p.hidden, p.inputs, b, input_panel(p, plan, b));
+      if (plan.packed && !plan.packed_at_use) {
+        if (has_recurrent_product(p)) pack_hidden(p, plan, b, share.rank);
+        pack_input(p, plan, b, share.rank);
       }
       add_biases(p, plan, b);
     }
@@ -106,7 +101,7 @@ struct ForwardPass {
         }
       }
     }
-    if (!by_units(p, share)) meet(share);
+    if (!by_units(p, plan, share)) meet(share);
   }
 
   static void sweep(const Forward& p, const Plan& plan, const Chunk& chunk, const Chunk&, const Share& share) {
@@ -124,11 +119,12 @@ struct ForwardPass {
         // To and fro, so that each step begins with the weights that the last one has left in the cache.
         const bool ascending = step % 2 == 0;
         const Block b = block(p, ascending ? share.block_begin + j : share.block_end - 1 - j);
-        const int turn = j + 1 == own_blocks ? 0 : ascending ? 1 : -1;
+        const int turn = j + 1 == own_blocks || plan.packed_at_use ? 0 : ascending ? 1 : -1;
+        if (plan.packed_at_use && has_recurrent_product(p)) pack_hidden(p, plan, b, share.rank);
         int index = 0;
         for (int64_t row = share.row_begin; row < end; ++index) {
           const int rows = heights[index];
-          one_tile(p, plan, Place{t, step, row, rows, p.offsets[chunk.first], going_on, index, turn}, b);
+          one_tile(p, plan, Place{t, step, row, rows, p.offsets[chunk.first], going_on, index, turn, share.rank}, b);
           row += rows;
         }
       }
@@ -146,12 +142,13 @@ struct ForwardPass {
   static constexpr int kSteps = 64;
 
   // Rows of one step. `base` is the first row of the chunk; from `going_on` on, this is the last step of a sequence.
-  // This is tile number `index` of those that use its panel, after which comes the panel `turn` places on.
+  // This is tile number `index` of those that use its panel, after which comes the panel `turn` places on, in thread
+  // `rank`.
   struct Place {
     int64_t t, step, row;
     int rows;
     int64_t base, going_on;
-    int index, turn;
+    int index, turn, rank;
   };
 
   // The products of a column, gates `gate_stride` apart.
@@ -183,12 +180,31 @@ struct ForwardPass {
     int64_t h_n_stride, c_n_stride;
   };
 
-  template <class P>
-  static P* hidden_panel(const Forward& p, const Plan& plan, const Block& b) {
-    return region<P>(plan, kPackedHidden) + packed_depth(p.hidden) * gates_offset(b);
+  // Where a panel of so many elements for each column begins: a thread has room for one if it packs them as it uses
+  // them.
+  static int64_t panel_offset(const Plan& plan, const Block& b, int64_t depth, int rank) {
+    return packed_depth(depth) * (plan.packed_at_use ? rank * widest : gates_offset(b));
   }
-  static Operand* input_panel(const Forward& p, const Plan& plan, const Block& b) {
-    return region<Operand>(plan, kPackedInput) + packed_depth(p.inputs) * gates_offset(b);
+  template <class P>
+  static P* hidden_panel(const Forward& p, const Plan& plan, const Block& b, int rank) {
+    return region<P>(plan, kPackedHidden) + panel_offset(plan, b, p.hidden, rank);
+  }
+  static Operand* input_panel(const Forward& p, const Plan& plan, const Block& b, int rank) {
+    return region<Operand>(plan, kPackedInput) + panel_offset(plan, b, p.inputs, rank);
+  }
+  static void pack_hidden(const Forward& p, const Plan& plan, const Block& b, int rank) {
+    const auto pack = [&](auto* panel) {
+      pack_by_unit<S>(static_cast<const E*>(p.weight_hh.data), p.weight_hh.stride, gates, p.hidden, p.hidden, b, panel);
+    };
+    if (narrow(p)) {
+      pack(hidden_panel<E>(p, plan, b, rank));
+    } else {
+      pack(hidden_panel<T>(p, plan, b, rank));
+    }
+  }
+  static void pack_input(const Forward& p, const Plan& plan, const Block& b, int rank) {
+    pack_by_unit<S>(static_cast<const E*>(p.weight_ih.data), p.weight_ih.stride, gates, p.hidden, p.inputs, b,
+                    input_panel(p, plan, b, rank));
   }
 
   static void add_biases(const Forward& p, const Plan& plan, const Block& b) {
@@ -249,30 +265,31 @@ struct ForwardPass {
   static void recurrent_product(const Forward& p, const Plan& plan, const Place& place, const Block& b,
                                 const Left<Operand>& h, T* tile) {
     const int width = gates * b.vectors * S::lanes;
-    const P* data = hidden_panel<P>(p, plan, b);
+    const P* data = hidden_panel<P>(p, plan, b, place.rank);
     const Panel<P> panel{data, width, place.turn == 0 ? nullptr : data + place.turn * packed_depth(p.hidden) * width};
     Products<S, Operand, P>::find(p.batch, gates * b.vectors, place.rows)(h, panel.for_tile(place.index, p.hidden),
                                                                           p.hidden, tile, width, false);
   }
 
-  static bool by_units(const Forward& p, const Share& share) {
-    return padded<S>(p.hidden) % (share.members * unit_vectors * S::lanes) == 0;
+  static bool by_units(const Forward& p, const Plan& plan, const Share& share) {
+    return plan.packed_at_use || padded<S>(p.hidden) % (share.members * unit_vectors * S::lanes) == 0;
   }
 
   static void input_products(const Forward& p, const Plan& plan, const Chunk& chunk, const Rows* parts, int count,
                              const Share& share) {
     const int64_t base = p.offsets[chunk.first], whole = chunk_rows(p, chunk);
     const Matrix rows = x_of(p, plan, base, parts, count, share);
-    const bool all_rows = by_units(p, share);
+    const bool all_rows = by_units(p, plan, share);
     const int64_t last_block = all_rows ? share.block_end : blocks(p);
     for (int64_t index = all_rows ? share.block_begin : 0; index < last_block; ++index) {
       const Block b = block(p, index);
       const int width = gates * b.vectors * S::lanes;
+      if (plan.packed_at_use) pack_input(p, plan, b, share.rank);
       for (int64_t k = 0; k < p.inputs; k += kDepth) {
         const int64_t depth = p.inputs - k < kDepth ? p.inputs - k : kDepth;
         // The next panel lies behind this one.
-        const Operand* data = input_panel(p, plan, b) + k * width;
-        const bool is_last = index + 1 == last_block && k + depth == p.inputs;
+        const Operand* data = input_panel(p, plan, b, share.rank) + k * width;
+        const bool is_last = (index + 1 == last_block || plan.packed_at_use) && k + depth == p.inputs;
         const Panel<Operand> panel{data, width, is_last ? nullptr : data + depth * width};
         for (int i = 0; i < count; ++i) {
           const Rows part = all_rows ? parts[i] : own_part(parts[i], i, count, share);

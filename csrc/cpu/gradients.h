@@ -22,17 +22,29 @@ struct Gradients {
     return padded<S>(Cell::dgates * p.hidden) + 64 / static_cast<int64_t>(sizeof(Operand));
   }
 
-  static int64_t input_blocks(const Backward& p) { return ceil_div(p.inputs, kMaxVectors * S::lanes); }
-  static Block input_block(const Backward& p, int64_t index) { return block_at<S>(p.inputs, kMaxVectors, index); }
-
-  static bool packed(const Plan& plan, Region r) { return r == kPackedHidden ? plan.packed : plan.input_packed; }
+  static bool wants_packing(const Plan& plan, Region r) { return r == kPackedHidden ? plan.packed : plan.input_packed; }
+  // Whether all panels are packed in memory before the pass. One that is used once is packed by the thread that uses
+  // it, a stretch at a time, and stays in its second cache; but threads that cannot share panels evenly share rows, and
+  // would all pack all panels.
+  static bool packed(const Backward& p, const Plan& plan, Region r) {
+    const bool once = r == kPackedHidden ? p.steps == 1 : p.offsets[p.steps] <= plan.chunk_rows;
+    return wants_packing(plan, r) && !(once && deals_panels(r == kPackedHidden ? p.hidden : p.inputs, plan.threads));
+  }
+  // Whether, instead, each whole panel is packed where it is used.
+  static bool packs_at_use(const Backward& p, const Plan& plan, Region r) {
+    return wants_packing(plan, r) && !packed(p, plan, r);
+  }
+  static bool deals_panels(int64_t columns, int threads) {
+    const int64_t blocks = ceil_div(columns, kMaxVectors * S::lanes);
+    return blocks % threads == 0 || blocks >= 4 * threads;
+  }
   // Whether a block of columns is read where it lies.
   static bool lies_ready(const Plan& plan, Region r, const Block& b) {
-    return kSame<T, E> && !packed(plan, r) && b.present == b.vectors * S::lanes;
+    return kSame<T, E> && !wants_packing(plan, r) && b.present == b.vectors * S::lanes;
   }
   template <class P>
   static P* packed_panel(const Backward& p, const Plan& plan, Region r, const Block& b) {
-    return region<P>(plan, r) + (packed(plan, r) ? packed_depth(gates * p.hidden) * b.first : 0);
+    return region<P>(plan, r) + (packed(p, plan, r) ? packed_depth(gates * p.hidden) * b.first : 0);
   }
   template <class P>
   static Panel<P> panel(const Backward& p, const Plan& plan, const Matrix& weight, Region r, const Block& b) {
@@ -52,6 +64,58 @@ struct Gradients {
     return !kSame<T, E> && rows <= plan.chunk_rows && rows <= kDepth;
   }
 
+  // A thread's own panel of one stretch.
+  static Operand* own_panel(const Plan& plan, int rank) {
+    return region<Operand>(plan, kPanels) + rank * kDepth * kMaxVectors * S::lanes;
+  }
+
+  // What a thread has of a product: rows × blocks of columns.
+  struct Part {
+    int64_t row_begin, row_end, block_begin, block_end;
+    static Part of_rows(int64_t rows, int64_t blocks, const Share& s) {
+      return {share_of(rows, s.rank, s.size), share_of(rows, s.rank + 1, s.size), 0, blocks};
+    }
+    static Part of_blocks(int64_t rows, int64_t blocks, const Share& s) {
+      return {0, rows, share_of(blocks, s.rank, s.size), share_of(blocks, s.rank + 1, s.size)};
+    }
+  };
+
+  // A thread's room for one block of columns of as many rows as such a product has.
+  static int64_t own_rows_bytes(const Backward& p, const Plan& plan) {
+    const int64_t rows = p.dx.data != nullptr && !kSame<T, E> ? plan.chunk_rows : p.dh0.data != nullptr ? p.batch : 0;
+    return rows * kMaxVectors * S::lanes * static_cast<int64_t>(sizeof(T));
+  }
+  static T* own_rows(const Backward& p, const Plan& plan, int rank) {
+    return region<T>(plan, kRows) + rank * own_rows_bytes(p, plan) / static_cast<int64_t>(sizeof(T));
+  }
+
+  // Rows of dgates times one block of columns of a weight, to `columns` columns of `out`. P: the type of packed
+  // weights. `whole`: how many rows all threads have together (multiply).
+  template <class P>
+  static void through_weight(const Backward& p, const Plan& plan, const Operand* dgates, int64_t rows, int64_t whole,
+                             Region r, const Block& b, int columns, int rank, T* out, int64_t out_stride, bool add) {
+    const bool recurrent = r == kPackedHidden;
+    const Matrix& weight = recurrent ? p.weight_hh : p.weight_ih;
+    const bool ready = packed(p, plan, r) || lies_ready(plan, r, b) || (recurrent && p.steps > 1);
+    P* const own = static_cast<P*>(static_cast<void*>(own_panel(plan, rank)));
+    const Panel<P> there = ready ? panel<P>(p, plan, weight, r, b) : Panel<P>{own, b.vectors * S::lanes};
+    for_each_stretch(p, recurrent, 0, gates * p.hidden, [&](int64_t first, int64_t last, int64_t column) {
+      for (int64_t k = first; k < last; k += kDepth) {
+        const int64_t depth = last - k < kDepth ? last - k : kDepth;
+        Panel<P> stretch = there;
+        if (ready) {
+          stretch.data += k * there.stride;
+          // The next stretch lies behind this one, where they are packed.
+          if (packed(p, plan, r)) stretch.ahead = stretch.data + depth * there.stride;
+        } else {
+          pack_by_column<S>(at<const E>(weight, k, 0), weight.stride, depth, b, own);
+        }
+        multiply<S>(Left<Operand>{dgates + column + k - first, dgates_stride(p), 1}, rows, whole, stretch, columns,
+                    depth, out, out_stride, add || k > 0);
+      }
+    });
+  }
+
   static Operand* dgates_at(const Backward& p, const Plan& plan, const Chunk& chunk, int64_t t) {
     Operand* rows = region<Operand>(plan, chunk.index % 2 == 0 ? kGates0 : kGates1);
     return rows + (p.offsets[t] - p.offsets[chunk.first]) * dgates_stride(p);
@@ -67,9 +131,7 @@ struct Gradients {
     const int rank = share.rank, size = share.size;
     const int64_t rows = chunk_rows(p, chunk);
     const Operand* dgates = dgates_at(p, plan, chunk, chunk.first);
-    if (p.dx.data != nullptr) {
-      input_gradient(p, plan, chunk, dgates, share_of(rows, rank, size), share_of(rows, rank + 1, size));
-    }
+    if (p.dx.data != nullptr) input_gradient(p, plan, chunk, dgates, share);
     if (p.dgates.data != nullptr) {
       for (int64_t row = share_of(rows, rank, size); row < share_of(rows, rank + 1, size); ++row) {
         narrow_row<S>(dgates + row * dgates_stride(p), Cell::dgates * p.hidden,
@@ -108,6 +170,32 @@ struct Gradients {
   }
 
  private:
+  // dx = dgates W_ih of the chunk: where threads pack panels as they use them, each has some columns of it, else some
+  // rows.
+  static void input_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
+                             const Share& share) {
+    const int64_t rows = chunk_rows(p, chunk), blocks = ceil_div(p.inputs, kMaxVectors * S::lanes);
+    const Part part =
+        packs_at_use(p, plan, kPackedInput) ? Part::of_blocks(rows, blocks, share) : Part::of_rows(rows, blocks, share);
+    if (part.row_begin == part.row_end) return;
+    const int64_t flat = p.offsets[chunk.first] + part.row_begin, count = part.row_end - part.row_begin;
+    const Operand* left = dgates + part.row_begin * dgates_stride(p);
+    for (int64_t index = part.block_begin; index < part.block_end; ++index) {
+      const Block b = block_at<S>(p.inputs, kMaxVectors, index);
+      if constexpr (kSame<T, E>) {
+        through_weight<T>(p, plan, left, count, rows, kPackedInput, b, b.present, share.rank,
+                          at<T>(p.dx, flat, b.first), p.dx.stride, p.add_to_dx);
+      } else {
+        T* sums = own_rows(p, plan, share.rank);
+        const int width = b.vectors * S::lanes;
+        through_weight<Operand>(p, plan, left, count, rows, kPackedInput, b, width, share.rank, sums, width, false);
+        for (int64_t i = 0; i < count; ++i) {
+          narrow_row<S>(sums + i * width, b.present, at<E>(p.dx, flat + i, b.first), p.add_to_dx);
+        }
+      }
+    }
+  }
+
   // A row of the data: row `row` of step t.
   struct Cursor {
     int64_t flat, t, row;
@@ -118,40 +206,6 @@ struct Gradients {
     int64_t stride;
     bool again;
   };
-
-  // dx = dgates W_ih for rows begin … end − 1 of the chunk.
-  static void input_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
-                             int64_t begin, int64_t end) {
-    if (begin == end) return;
-    const int64_t flat = p.offsets[chunk.first] + begin;
-    Sums out{nullptr, 0, p.add_to_dx};
-    if constexpr (kSame<T, E>) {
-      out.data = at<T>(p.dx, flat, 0);
-      out.stride = p.dx.stride;
-    } else {
-      out.stride = padded<S>(p.inputs);
-      out.data = region<T>(plan, kRows) + begin * out.stride;
-      out.again = false;
-    }
-    const Operand* left = dgates + begin * dgates_stride(p);
-    for (int64_t index = 0; index < input_blocks(p); ++index) {
-      const Block b = input_block(p, index);
-      const auto weights = panel<Operand>(p, plan, p.weight_ih, kPackedInput, b);
-      for (int64_t k = 0; k < gates * p.hidden; k += kDepth) {
-        const int64_t depth = gates * p.hidden - k < kDepth ? gates * p.hidden - k : kDepth;
-        multiply<S>(Left<Operand>{left + k, dgates_stride(p), 1}, end - begin, chunk_rows(p, chunk),
-                    // The next panel lies behind this one, where they are packed.
-                    Panel<Operand>{weights.data + k * weights.stride, weights.stride,
-                                   plan.input_packed ? weights.data + (k + depth) * weights.stride : nullptr},
-                    b.present, depth, out.data + b.first, out.stride, out.again || k > 0);
-      }
-    }
-    if constexpr (!kSame<T, E>) {
-      for (int64_t i = 0; i < end - begin; ++i) {
-        narrow_row<S>(out.data + i * out.stride, p.inputs, at<E>(p.dx, flat + i, 0), p.add_to_dx);
-      }
-    }
-  }
 
   static T* sums(const Matrix& gradient, const Plan& plan, Region r) {
     return kSame<T, E> ? static_cast<T*>(gradient.data) : region<T>(plan, r);
@@ -245,7 +299,7 @@ struct Gradients {
     const int64_t last_block = by_columns ? first_block + blocks / size : blocks;
     const int64_t begin = by_columns ? 0 : share_of(gates * p.hidden, rank, size);
     const int64_t end = by_columns ? gates * p.hidden : share_of(gates * p.hidden, rank + 1, size);
-    auto* packed = region<Operand>(plan, kPanels) + rank * kDepth * kMaxVectors * S::lanes;
+    Operand* const packed = own_panel(plan, rank);
     const int64_t rows = chunk_rows(p, chunk);
     Cursor start{p.offsets[chunk.first], chunk.first, 0};
     for (int64_t k = 0; k < rows; k += kDepth) {

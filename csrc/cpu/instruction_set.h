@@ -75,6 +75,8 @@ constexpr InstructionSet instruction_set(const char* name) {
   set.depth_per_row[static_cast<int>(Dtype::float32)] = Bytes == 64 ? 17 : Bytes == 32 ? 10 : 3;
   set.depth_per_row[static_cast<int>(Dtype::float64)] = Bytes == 64 ? 10 : Bytes == 32 ? 6 : 3;
   set.depth_per_row[static_cast<int>(Dtype::bfloat16)] = Bytes == 16 ? 64 : 18;
+  for (int64_t& rows : set.most_unpacked_rows) rows = Bytes == 16 ? 96 : 24;
+  if (F::has_pair_product) set.most_unpacked_rows[static_cast<int>(Dtype::bfloat16)] = 40;
   set.product[0] = multiply_share<F>;
   set.product[1] = multiply_share<D>;
   set.product_panel_bytes = kDepth * kMaxVectors * Bytes;

@@ -28,7 +28,9 @@ enum Region {
 
 // What schedule.cpp has decided about a call, and where its regions stand.
 struct Plan {
-  bool packed;         // weights are packed; else they are read where they lie, which pays for a few rows
+  bool packed;  // weights are packed; else they are read where they lie, which pays for a few rows
+  // Forward, a single step whose units all threads share: each packs a panel just before it uses it, once.
+  bool packed_at_use;
   bool input_packed;   // backward: W_ih is, too
   int64_t chunk_rows;  // at most so many rows in a chunk of steps, unless one step has more
   int threads;
@@ -77,6 +79,8 @@ struct InstructionSet {
   // Forward, a single step of up to (I + H) / this many rows does better with weights read where they lie than with
   // packed ones: packing takes as long for every k, and adding up the vectors of dot products as long for every row.
   int64_t depth_per_row[kCpuDtypes];
+  // But no more than these: panels that are packed at use take a part of that time.
+  int64_t most_unpacked_rows[kCpuDtypes];
   // For benchmarks and tests, in float32 and float64.
   ActivationFn activation[2][2];
   ProductFn product[2];

@@ -49,6 +49,8 @@ Threshold rows_per_thread{"rows_per_thread"};
 constexpr int64_t kRowsPerThread = 4;
 // So large a W_hh does not fit the second cache: threads that each have few rows had better share its units.
 constexpr int64_t kLargeWeights = 192 << 10, kFewRows = 16;
+// So many blocks are about even shares, whatever is left over.
+constexpr int64_t kBlocksPerThread = 4;
 
 constexpr size_t kLargePage = size_t{2} << 20;
 // A result beyond this may come fresh from the system at each call: always beyond 32 MB (glibc's largest threshold),
@@ -195,22 +197,40 @@ struct Order<Backward> {
   }
 };
 
-Plan make_plan(const Forward& p, const InstructionSet& isa) {
+// Into how many groups the rows are cut, each for one thread or for several that share its units. Groups do not
+// wait for one another within a chunk; but those of ragged rows end at different times, whatever the cut, as rows go by
+// whole tiles.
+// `rows_set`: the threshold, read once for the whole team.
+int groups_of(const Problem& p, int64_t blocks, int64_t rows_set, int threads) {
+  const bool large = gates_of(p.cell) * p.hidden * p.hidden >= kLargeWeights;
+  // Of a single step no thread waits for another between steps, and each reads its part of the weights only.
+  const bool even = blocks % threads == 0 || blocks >= kBlocksPerThread * threads;
+  const bool share_units = !is_dense(p) || (large && p.batch < kFewRows * threads) || (p.steps == 1 && even);
+  const int64_t most = p.batch / (rows_set < 0 ? kRowsPerThread : std::max<int64_t>(rows_set, 1));
+  const int64_t wanted = share_units && rows_set < 0 ? (threads + blocks - 1) / blocks : threads;
+  return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most), 1, threads));
+}
+
+// `groups`: of rows (groups_of).
+Plan make_plan(const Forward& p, const InstructionSet& isa, int groups) {
   const int64_t rows = p.offsets[p.steps];
   // A first step without a state has no recurrent product: half as much to add up for each row.
   const int64_t depth = p.steps > 1 || p.h0.data != nullptr ? p.inputs + p.hidden : 2 * p.inputs;
   const bool from_far = gates_of(p.cell) * p.hidden * depth * bytes_of(p.dtype) > kFarWeights;
   const int64_t read_again = (p.steps - 1) * (from_far ? kRowsPerFarStep : kRowsPerStep);
-  const int64_t few = std::min(depth / isa.depth_per_row[static_cast<int>(p.dtype)], kMostUnpackedRows) - read_again;
+  // Whatever the number of threads: bits depend on it.
+  const int64_t most = p.steps == 1 ? isa.most_unpacked_rows[static_cast<int>(p.dtype)] : kMostUnpackedRows;
+  const int64_t few = std::min(depth / isa.depth_per_row[static_cast<int>(p.dtype)], most) - read_again;
   Plan plan{};
   plan.packed = rows > unpacked_rows.or_else(few);
+  plan.packed_at_use = plan.packed && p.steps == 1 && groups == 1;
   // Few, so that the chunk stays in the second cache; more where W_ih itself has to come from far away for each chunk.
   const bool far = gates_of(p.cell) * p.hidden * p.inputs >= (int64_t{2} << 20);
   plan.chunk_rows = chunk_rows.or_else(far ? 512 : 128);
   return plan;
 }
 
-Plan make_plan(const Backward& p, const InstructionSet&) {
+Plan make_plan(const Backward& p, const InstructionSet&, int) {
   const int64_t rows = p.offsets[p.steps];
   Plan plan{};
   const int64_t few = p.steps == 1 ? kUnpackedBackwardStep : kUnpackedSteps;
@@ -220,18 +240,6 @@ Plan make_plan(const Backward& p, const InstructionSet&) {
   // Read once a chunk, for dx: from the second chunk on packing pays.
   plan.input_packed = plan.packed && (rows > plan.chunk_rows || p.dtype == Dtype::bfloat16);
   return plan;
-}
-
-// Into how many groups the rows are cut, each for one thread or for several that share its units. Groups do not
-// wait for one another within a chunk; but those of ragged rows end at different times, whatever the cut, as rows go by
-// whole tiles.
-// `rows_set`: the threshold, read once for the whole team.
-int groups_of(const Problem& p, int64_t blocks, int64_t rows_set, int threads) {
-  const bool large = gates_of(p.cell) * p.hidden * p.hidden >= kLargeWeights;
-  const bool share_units = !is_dense(p) || (large && p.batch < kFewRows * threads);
-  const int64_t most = p.batch / (rows_set < 0 ? kRowsPerThread : std::max<int64_t>(rows_set, 1));
-  const int64_t wanted = share_units && rows_set < 0 ? (threads + blocks - 1) / blocks : threads;
-  return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most), 1, threads));
 }
 
 template <class P>
@@ -314,13 +322,13 @@ void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, 
       (2.0 * static_cast<double>(gates_of(p.cell)) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
   if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
   const int64_t blocks = kernel.blocks(p), rows_set = rows_per_thread.or_else(-1);
+  const int groups = groups_of(p, blocks, rows_set, threads);
   // Forward, all work is divided as the recurrence is.
-  if (Order<P>::products_first)
-    threads = static_cast<int>(std::min<int64_t>(threads, groups_of(p, blocks, rows_set, threads) * blocks));
+  if (Order<P>::products_first) threads = static_cast<int>(std::min<int64_t>(threads, groups * blocks));
   for (const Result& result : Order<P>::results(p)) {
     if (result.bytes > kPerhapsFresh) wish_for_large_pages(result.data, result.bytes);
   }
-  Plan plan = make_plan(p, isa);
+  Plan plan = make_plan(p, isa, groups);
   // A chunk has at least one step.
   plan.chunk_rows = std::min(rows, std::max(plan.chunk_rows, p.batch));
   plan.threads = threads;

@@ -220,11 +220,9 @@ void multiply(const Left<A>& a, int64_t rows, int64_t whole, const Panel<P>& pan
     const auto tile_product = Products<S, A, P>::find(whole, vectors, height);
     const Left<A> part{a.data + first * a.row, a.row, a.depth};
     T* to = out + first * out_stride;
-    if (add) {
-      for (int64_t m = height; m < 2 * height && m < rows - first; ++m) {
-        for (int i = 0; i < columns; i += static_cast<int>(64 / sizeof(T)))
-          __builtin_prefetch(to + m * out_stride + i, 1);
-      }
+    for (int64_t m = height; m < 2 * height && m < rows - first; ++m) {
+      for (int i = 0; i < columns; i += static_cast<int>(64 / sizeof(T)))
+        __builtin_prefetch(to + m * out_stride + i, 1);
     }
     const Panel<P> own = panel.for_tile(index, depth);
     if (columns == width) {

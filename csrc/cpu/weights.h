@@ -99,10 +99,22 @@ template <class S, class P, class E>
 void pack_by_column(const E* weight, int64_t stride, int64_t depth, const Block& block, P* panel) {
   const int width = block.vectors * S::lanes;
   const E* from = weight + block.first;
+  // Rows are far apart: the processor does not know of the next ones by itself.
+  const auto nearer = [&](int64_t k) {
+    for (int i = 0; i < block.present; i += static_cast<int>(64 / sizeof(E))) __builtin_prefetch(from + k * stride + i);
+  };
+  constexpr int64_t rows_ahead = 16;
   if constexpr (sizeof(P) == sizeof(typename S::Scalar)) {
-    for (int64_t k = 0; k < depth; ++k) pack_row<S>(from + k * stride, block, panel + k * width);
+    for (int64_t k = 0; k < depth; ++k) {
+      if (k + rows_ahead < depth) nearer(k + rows_ahead);
+      pack_row<S>(from + k * stride, block, panel + k * width);
+    }
   } else {
     for (int64_t k = 0; k < depth; k += 2) {
+      if (k + rows_ahead + 1 < depth) {
+        nearer(k + rows_ahead);
+        nearer(k + rows_ahead + 1);
+      }
       const E* even = from + k * stride;
       pack_row_pair<S>(even, k + 1 < depth ? even + stride : nullptr, block, panel + k * width);
     }
