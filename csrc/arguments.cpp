@@ -37,9 +37,12 @@ std::string Arguments::text(size_t index) const {
 }
 
 int64_t Arguments::integer(size_t index) const {
-  if (!PyLong_Check(values_[index].ptr())) wrong_type(index, "an int");
+  // NumPy's integers, too, and tensors of one integer.
+  if (!PyIndex_Check(values_[index].ptr())) wrong_type(index, "an int");
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(values_[index].ptr()));
+  if (!number) throw py::error_already_set();
   int overflow = 0;
-  const long long value = PyLong_AsLongLongAndOverflow(values_[index].ptr(), &overflow);
+  const long long value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
   if (overflow != 0) throw py::value_error(std::string(names_[index]) + " is out of range");
   return value;
 }

@@ -78,9 +78,7 @@ bool read_form(const py::tuple& given, Form& form) {
 }
 
 bool Reader::read(py::handle tensor, int dimensions, Operand& o) {
-  if (!plain(tensor, o) || o.dimensions != dimensions) return false;
-  compact(tensor, o);
-  return true;
+  return plain(tensor, o) && o.dimensions == dimensions && compact(tensor, o);
 }
 
 bool Reader::read_rows(py::handle tensor, Layout layout, Operand& o) {
@@ -121,6 +119,7 @@ bool Reader::read_weights(const py::tuple& given, const Form& form, std::vector<
 bool Reader::plain(py::handle& tensor, Operand& o) {
   const bool is_plain = read_plain_tensor(tensor, types_, o);
   if (!is_plain && resolve_) {
+    if (is_zero_tensor(tensor)) tensor = keep(tensor.attr("clone")());
     if (py::hasattr(tensor, "resolve_neg")) tensor = keep(tensor.attr("resolve_neg")());
     o = read_tensor(tensor, "what was saved, or a gradient,");
   }
@@ -134,17 +133,21 @@ bool Reader::place(py::handle tensor, Layout layout, Operand& o) {
   if (o.dimensions != (three ? 3 : 2)) return false;
   if (layout == Layout::batch_first) {
     exchange_time_and_batch(o);
-    if (!is_contiguous(o)) compact(keep(tensor.attr("transpose")(0, 1)), o);
-    return true;
+    return is_contiguous(o) || compact(keep(tensor.attr("transpose")(0, 1)), o);
   }
-  compact(tensor, o);
+  if (!compact(tensor, o)) return false;
   if (layout == Layout::unbatched) insert_batch(o);
   return true;
 }
 
 // After which o is contiguous.
-void Reader::compact(py::handle tensor, Operand& o) {
-  if (!is_contiguous(o)) o = read_tensor(keep(tensor.attr("contiguous")()), "tensor");
+bool Reader::compact(py::handle tensor, Operand& o) {
+  if (is_contiguous(o)) return true;
+  for (int i = 0; i < o.dimensions; ++i) {
+    if (!resolve_ && o.stride[i] == 0 && o.shape[i] > 1) return false;
+  }
+  o = read_tensor(keep(tensor.attr("contiguous")()), "tensor");
+  return true;
 }
 
 py::handle Reader::keep(py::object tensor) {

@@ -35,7 +35,8 @@ class Reader {
   // cannot be read is refused by an exception.
   Reader(const pybind11::tuple& types, bool resolve) : types_(types), resolve_(resolve) {}
 
-  // Whether it is a plain CPU tensor of so many dimensions; if so, `o` is it, or a copy, contiguous.
+  // Whether it is a plain CPU tensor of so many dimensions; if so, `o` is it, or a copy, contiguous. (Not, unless asked
+  // to resolve, one that is expanded: what has the wrong shape may be small in memory and a copy of it endless.)
   bool read(pybind11::handle tensor, int dimensions, Operand& o);
   // The same of x, y and their gradients: as [T, B, columns] or, of steps and packed data, [N, columns].
   bool read_rows(pybind11::handle tensor, Layout layout, Operand& o);
@@ -49,7 +50,7 @@ class Reader {
  private:
   bool plain(pybind11::handle& tensor, Operand& o);
   bool place(pybind11::handle tensor, Layout layout, Operand& o);
-  void compact(pybind11::handle tensor, Operand& o);
+  bool compact(pybind11::handle tensor, Operand& o);
   pybind11::handle keep(pybind11::object tensor);
 
   const pybind11::tuple& types_;

@@ -121,6 +121,10 @@ std::vector<Operand> read_tensors(py::handle tuple, const char* name) {
   return operands;
 }
 
+bool is_zero_tensor(py::handle object) {
+  return py::hasattr(object, "_is_zerotensor") && object.attr("_is_zerotensor")().ptr() == Py_True;
+}
+
 bool read_plain_tensor(py::handle object, const py::tuple& types, Operand& operand) {
   bool known = false;
   for (const py::handle type : types) known |= reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == type.ptr();
@@ -134,6 +138,7 @@ bool read_plain_tensor(py::handle object, const py::tuple& types, Operand& opera
   } catch (const py::value_error&) {  // it has no memory
     return false;
   }
+  if (operand.data == nullptr && is_zero_tensor(object)) return false;
   const Rules& rules = operand.memory == Memory::cuda ? kCudaRules : kCpuRules;
   return operand.memory == rules.memory &&
          (operand.type == ElementType::float32 || operand.type == ElementType::float64 ||

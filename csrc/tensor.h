@@ -21,6 +21,9 @@ std::vector<Operand> read_tensors(pybind11::handle tuple, const char* name);
 // of a dtype of the kernels there. If so, `operand` is it.
 bool read_plain_tensor(pybind11::handle object, const pybind11::tuple& types, Operand& operand);
 
+// Whether it is zeros that have no memory, as torch's derivatives may hand over.
+bool is_zero_tensor(pybind11::handle object);
+
 // torch's current stream of a CUDA device; any tensor will do to find torch by.
 void* current_stream(pybind11::handle tensor, int device);
 

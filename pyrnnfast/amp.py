@@ -7,25 +7,59 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from . import passes
 from .obstacles import Spec
+
+# As many weights (H = I = 128 of an LSTM) float32 kernels multiply with in less time than torch takes for its operators
+# in bfloat16, one by one: measured, see docs/performance.md.
+_FEW_WEIGHTS = 1 << 17
+
+
+def obstacle(device: str, spec: Spec, input: Any, hx: Any) -> str | None:
+    """Why a call under autocast is torch's: the kernels have one dtype for the products and for the state."""
+    weights = passes.CELLS[spec.cell].gates * spec.hidden_size * (spec.input_size + spec.hidden_size)
+    if _keeps_state(device, spec, input, hx) and weights > _FEW_WEIGHTS:
+        return "autocast narrows the products of a cell, not its state: no kernel does"
+    return None
+
+
+def _keeps_state(device: str, spec: Spec, input: Any, hx: Any) -> bool:
+    """Whether a cell adds to a state that autocast leaves wider than its products.
+
+    A cell hands its state from call to call, and torch's LSTM and GRU cells on the CPU add to it in its own dtype:
+    narrowed at each step, it would not grow by what is less than its last bit.
+    """
+    if device == "cuda" or not spec.single_step or spec.cell not in ("gru", "lstm"):
+        return False
+    return torch.get_autocast_dtype(device) is torch.bfloat16 and _state_dtype(input, hx) is torch.float32
 
 
 def narrowed(device: str, spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:
-    """The operands of a call, those that autocast takes for ``device``, "cpu" or "cuda", in its dtype."""
+    """The operands of a call, those that autocast takes for ``device``, "cpu" or "cuda", in its dtype; where a cell's
+    state is kept, in the state's."""
     dtype = dtype_for(device, spec)
+    taken = {torch.float32}  # on CUDA all but float64
+    if _keeps_state(device, spec, input, hx):
+        dtype, taken = torch.float32, {torch.bfloat16}
+    elif device == "cuda":
+        taken = {torch.float32, torch.float16, torch.bfloat16}
 
     def cast(t: Any) -> Any:
-        if not isinstance(t, Tensor):
-            return t
-        # On CUDA float64 alone is left as it is.
-        takes = t.dtype is torch.float32 or (device == "cuda" and t.dtype in (torch.float16, torch.bfloat16))
-        return t.to(dtype) if takes else t
+        return t.to(dtype) if isinstance(t, Tensor) and t.dtype in taken else t
 
     return (
         PackedSequence(cast(input.data), *input[1:]) if isinstance(input, PackedSequence) else cast(input),
         tuple(cast(s) for s in hx) if isinstance(hx, (tuple, list)) else cast(hx),
         [cast(w) for w in weights],
     )
+
+
+def _state_dtype(input: Any, hx: Any) -> torch.dtype:
+    """That of the state a call begins with, which is the input's where none is given; of anything else, narrow."""
+    given = input if hx is None else hx[-1] if isinstance(hx, (tuple, list)) and hx else hx
+    if isinstance(given, PackedSequence):
+        given = given.data
+    return given.dtype if isinstance(given, Tensor) else torch.bfloat16
 
 
 def dtype_for(device: str, spec: Spec) -> torch.dtype:
@@ -37,17 +71,16 @@ def dtype_for(device: str, spec: Spec) -> torch.dtype:
 
 
 def results(device: str, spec: Spec, input: Any, hx: Any, found: Any) -> Any:
-    """What the narrow call has ``found``, in the dtypes that torch has for the call with ``input`` and ``hx``.
+    """What the call has ``found``, in the dtypes that torch has for the call with ``input`` and ``hx``.
 
-    On the CPU, torch's GRU, packed LSTM and LSTM and GRU cells are made of operators of which only the products take
-    part in autocast: what they add to the state has its dtype, or a wider one. The others are computed, and come out,
-    narrow. So do all on CUDA: there layers and cells are on autocast's list as wholes.
+    On the CPU, torch's GRU and packed LSTM are made of operators of which only the products take part in autocast: what
+    they add to the state has its dtype, or a wider one. The others are computed, and come out, narrow. So do all on
+    CUDA: there layers and cells are on autocast's list as wholes.
     """
     packed = isinstance(input, PackedSequence)
-    if device == "cuda" or not (spec.cell == "gru" or (spec.cell == "lstm" and (packed or spec.single_step))):
+    if device == "cuda" or spec.single_step or not (spec.cell == "gru" or (spec.cell == "lstm" and packed)):
         return found
-    given = (input.data if packed else input) if hx is None else hx[-1] if isinstance(hx, (tuple, list)) else hx
-    return _converted(found, torch.promote_types(torch.get_autocast_dtype(device), given.dtype))
+    return _converted(found, torch.promote_types(torch.get_autocast_dtype(device), _state_dtype(input, hx)))
 
 
 def _converted(found: Any, dtype: torch.dtype) -> Any:

@@ -39,6 +39,9 @@ def call(
         extras = NO_EXTRAS  # no sequence has a length
     device = _device_type(weights)
     autocast = torch.is_autocast_enabled(device)
+    saved = torch.is_grad_enabled() and not torch.compiler.is_compiling() and isinstance(input, Tensor)
+    if saved and input.is_inference():  # as of plain calls
+        input = input.clone()
     form = obstacles.form(input)
     input = _readable(form, input)
     operands, road = (input, hx, weights), None
@@ -51,6 +54,8 @@ def call(
             if autocast:
                 operands = amp.narrowed(device, spec, *operands)
             reason = obstacles.obstacle(spec, form, *operands)
+            if autocast and reason is None:
+                reason = amp.obstacle(device, spec, input, hx)
     if road is None or reason is not None:
         if extras or spec.cell_states:
             raise ValueError(f"torch has no lengths, reset or cell_states, and {reason}")
@@ -74,9 +79,12 @@ def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], extras: 
     form = obstacles.form(input)
     input = _readable(form, input)
     operands = input, hx, weights
-    if torch.is_autocast_enabled(device):
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
         operands = amp.narrowed(device, spec, *operands)
     reason = obstacles.obstacle(spec, form, *operands)
+    if autocast and reason is None:
+        reason = amp.obstacle(device, spec, input, hx)
     if reason is not None:
         return "torch", reason
     road = _road(device, spec, form, input, hx, weights, extras)
@@ -177,6 +185,8 @@ def _torch_call(spec: Spec, weights: Sequence[Tensor]) -> Callable[[Any, Any], A
     """The forward of torch's own module with these weights."""
 
     def forward(input: Any, hx: Any) -> Any:
+        if spec.weights > 1000 and len(weights) != spec.weights:  # without a module of as many
+            raise ValueError(f"expected {spec.weights} weights, got {len(weights)}")
         options: dict[str, object] = {"nonlinearity": spec.cell[4:]} if spec.cell.startswith("rnn_") else {}
         if not spec.single_step:
             names = ("num_layers", "batch_first", "dropout", "bidirectional")
@@ -218,20 +228,27 @@ class Options(TypedDict, total=False):
     """LSTM: a third result, the cell states of the last layer at every step, in the shape and dtype of the output."""
 
 
+_OPTIONS = frozenset(Options.__annotations__)
+
+
 def _call(
     cell: str,
     input: Any,
     hx: Any,
     weights: Sequence[Tensor],
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    **options: Any,
+    given: Options,
+    single_step: bool = False,
 ) -> Any:
+    options: dict[str, Any] = {**given}
+    lengths, reset = options.pop("lengths", None), options.pop("reset", None)
+    if not options.keys() <= _OPTIONS:
+        unknown = next(name for name in options if name not in _OPTIONS)
+        raise TypeError(f"{cell.partition('_')[0]}() got an unexpected keyword argument '{unknown}'")
     weights = tuple(weights)
     if len(weights) < 2:
         raise ValueError(f"expected at least weight_ih and weight_hh, got {len(weights)} weights")
     # Integers, which they are not while torch.jit is tracing.
-    spec = Spec(cell, int(weights[0].shape[-1]), int(weights[1].shape[-1]), **options)
+    spec = Spec(cell, int(weights[0].shape[-1]), int(weights[1].shape[-1]), single_step=single_step, **options)
     if spec.cell_states and cell != "lstm":
         raise ValueError("cell_states is for the LSTM alone")
     suits = plain.suits(spec.num_layers, spec.dropout, spec.training, spec.proj_size, spec.cell_states)
@@ -276,7 +293,7 @@ def rnn(
         ValueError, RuntimeError: what ``torch.nn.RNN`` raises on such input; ValueError for packed input whose
             ``batch_sizes`` are not positive, increase, or do not fit the data.
     """
-    return _call(_rnn_kind(nonlinearity), input, hx, weights, **options)  # type: ignore[no-any-return]
+    return _call(_rnn_kind(nonlinearity), input, hx, weights, options)  # type: ignore[no-any-return]
 
 
 def gru(
@@ -286,7 +303,7 @@ def gru(
 
     Arguments, results and errors as of :func:`rnn`, with weights of 3·H rows in the order r, z, n.
     """
-    return _call("gru", input, hx, weights, **options)  # type: ignore[no-any-return]
+    return _call("gru", input, hx, weights, options)  # type: ignore[no-any-return]
 
 
 def lstm(
@@ -300,7 +317,7 @@ def lstm(
     Arguments, results and errors as of :func:`rnn`, with weights of 4·H rows in the order i, f, g, o, and with pairs
     (h, c) for the initial and the final states.
     """
-    return _call("lstm", input, hx, weights, **options)  # type: ignore[no-any-return]
+    return _call("lstm", input, hx, weights, options)  # type: ignore[no-any-return]
 
 
 def rnn_cell(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], nonlinearity: str = "tanh") -> Tensor:
@@ -317,12 +334,12 @@ def rnn_cell(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], nonlin
     Raises:
         ValueError, RuntimeError: what ``torch.nn.RNNCell`` raises on such input.
     """
-    return _call(_rnn_kind(nonlinearity), input, hx, weights, bias=len(weights) > 2, single_step=True)  # type: ignore[no-any-return]
+    return _call(_rnn_kind(nonlinearity), input, hx, weights, {"bias": len(weights) > 2}, single_step=True)  # type: ignore[no-any-return]
 
 
 def gru_cell(input: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
     """One step of :func:`gru`; arguments, result and errors as of :func:`rnn_cell`."""
-    return _call("gru", input, hx, weights, bias=len(weights) > 2, single_step=True)  # type: ignore[no-any-return]
+    return _call("gru", input, hx, weights, {"bias": len(weights) > 2}, single_step=True)  # type: ignore[no-any-return]
 
 
 def lstm_cell(input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -331,4 +348,4 @@ def lstm_cell(input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence
     Raises:
         TypeError: ``hx`` is no pair.
     """
-    return _call("lstm", input, hx, weights, bias=len(weights) > 2, single_step=True)  # type: ignore[no-any-return]
+    return _call("lstm", input, hx, weights, {"bias": len(weights) > 2}, single_step=True)  # type: ignore[no-any-return]

@@ -101,6 +101,10 @@ def _tensor_obstacle(name: str, tensor: Any, like: Tensor) -> str | None:
         return f"{name} has the layout {tensor.layout}"
     if torch.compiler.is_compiling():
         return None
+    if tensor.is_nested:
+        return f"{name} is a nested tensor of another layout than torch.jagged"
+    if tensor._is_zerotensor():
+        return f"{name} is zeros without memory"
     return f"{name} is a lazily negated view" if tensor.is_neg() else None
 
 
@@ -124,9 +128,9 @@ def _weights_obstacle(spec: Spec, weights: Sequence[Any]) -> str | None:
 
 
 def _weight_shapes_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None:
+    if len(weights) != spec.weights:  # before a list is made for very many layers
+        return f"{spec.weights} weights are expected, got {len(weights)}"
     shapes = _weight_shapes(spec)
-    if len(weights) != len(shapes):
-        return f"{len(shapes)} weights are expected, got {len(weights)}"
     reasons = (_shape_obstacle("a weight", w, expected) for w, expected in zip(weights, shapes, strict=True))
     return next((r for r in reasons if r is not None), None)
 
@@ -201,7 +205,7 @@ def _agree(spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) -> bool:
     """Whether nothing is wrong with the operands: :func:`_operands_obstacle` in a tenth of the time, and memory too."""
     packed = isinstance(input, PackedSequence) and not spec.single_step
     data = input.data if packed else input
-    if type(data) not in PLAIN:
+    if type(data) not in PLAIN or data.is_nested:
         return False
     shape = data.shape
     dimensions = len(shape) + (spec.single_step or packed)
@@ -210,7 +214,7 @@ def _agree(spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) -> bool:
     if packed and input.sorted_indices is not None and input.sorted_indices.shape != (int(input.batch_sizes[0]),):
         return False
     states = _states_of(spec, hx)
-    if states is None:
+    if states is None or len(weights) != spec.weights:
         return False
     shapes = _known_weight_shapes(spec)
     if states:
@@ -268,9 +272,20 @@ def guard(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> None:
 
     Raises:
         TypeError: an LSTM cell's ``hx`` is no pair.
-        RuntimeError: a packed LSTM's ``hx`` is not three-dimensional; an LSTM's weights do not fit its sizes.
+        RuntimeError: some of a cell's input and weights are on ``meta``, and some are not; a packed LSTM's ``hx`` is
+            not three-dimensional; an LSTM's weights do not fit its sizes.
     """
-    if spec.cell != "lstm" or recording_obstacle() is not None:
+    if recording_obstacle() is not None:
+        return
+    if spec.single_step:
+        # torch computes with weights that have no memory, and gives what happens to be somewhere.
+        for t in (input, *weights):
+            if isinstance(t, Tensor) and isinstance(input, Tensor) and t.is_meta is not input.is_meta:
+                raise RuntimeError(
+                    "Input and parameter tensors are not at the same device, found input tensor at "
+                    f"{input.device} and parameter tensor at {t.device}"
+                )
+    if spec.cell != "lstm":
         return
     pair = isinstance(hx, (tuple, list)) and len(hx) == 2
     if spec.single_step:

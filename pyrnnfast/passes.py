@@ -60,8 +60,11 @@ def _columns_together(kept: Tensor | None) -> Tensor | None:
 
 
 def gradient(matrix: Tensor | None) -> Tensor | None:
-    """The same of an upstream gradient, which autograd may hand over with a lazy sign that only torch knows of."""
-    return None if matrix is None else _rows(matrix.resolve_neg())
+    """The same of an upstream gradient, which autograd may hand over with a lazy sign that only torch knows of, or as
+    zeros that have no memory."""
+    if matrix is None:
+        return None
+    return _rows(matrix.clone() if matrix._is_zerotensor() else matrix.resolve_neg())
 
 
 class Results(NamedTuple):

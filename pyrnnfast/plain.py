@@ -42,7 +42,7 @@ def call(
     if obstacles.is_busy():
         return None
     batch_sizes = order = None
-    x = input
+    x: Any = input
     if isinstance(input, PackedSequence):
         x, batch_sizes, order, back = input
         if type(x) not in PLAIN or not x.is_cpu:  # before anything is done to hx
@@ -72,6 +72,8 @@ def call(
     results, kept = found
     if kept is not None:
         h0, c0 = hx if form[0] == "lstm" and hx is not None else (hx, None)
+        if x.is_inference():  # features of a frozen model, which autograd does not save
+            x = x.clone()
         sizes = None if batch_sizes is None else layers.savable(batch_sizes)
         results = _apply(form, results, kept, x, sizes, h0, c0, *weights)
         if form[0] == "lstm":

@@ -44,7 +44,10 @@ def values(t: Tensor) -> NDArray[Any]:
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
         t = torch._C._functorch.get_unwrapped(t)
     with torch._C._DisableFuncTorch():
-        return t.cpu().numpy()
+        t = t.cpu()
+        if t.numel() > 0 and t.data_ptr() == 0:
+            raise ValueError("a tensor has no memory")
+        return t.numpy()
 
 
 def unwrapped(t: Tensor) -> Tensor:

@@ -370,6 +370,37 @@ def test_autocast(case: Case, form: str) -> None:
     assert all(torch.equal(inner[name], t) for name, t in outside.items())
 
 
+@pytest.mark.parametrize("hidden", [4, 200])
+def test_a_cells_state_is_not_narrowed_by_autocast(hidden: int) -> None:
+    """It grows by 0.002 at each step, which bfloat16 would no longer notice from 0.5 on."""
+    with torch.no_grad():
+        lstm, gru = pyrnnfast.LSTMCell(1, hidden), pyrnnfast.GRUCell(1, hidden)
+        for parameter in (*lstm.parameters(), *gru.parameters()):
+            parameter.zero_()
+        lstm.bias_ih[hidden : 2 * hidden] = lstm.bias_ih[3 * hidden :] = 20  # f and o are 1, i is 1/2
+        lstm.bias_ih[2 * hidden : 3 * hidden] = 0.004
+        gru.bias_ih[hidden : 2 * hidden] = 5.5  # z, of which h keeps so much
+        gru.bias_ih[2 * hidden :] = 20  # n is 1
+        x, h, c = torch.zeros(1, 1), torch.zeros(1, hidden), torch.zeros(1, hidden)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(600):
+                _, c = lstm(x, (h, c))
+                h = gru(x, h)
+    assert c.dtype is h.dtype is torch.float32
+    torch.testing.assert_close(c, torch.full_like(c, 1.2), rtol=0.01, atol=0)
+    keeps = torch.tensor(5.5).sigmoid()
+    torch.testing.assert_close(h, (1 - keeps**600).expand_as(h), rtol=0.01, atol=0)
+
+
+def test_cells_under_autocast_take_the_faster_road() -> None:
+    x = torch.ones(2, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        small, large = (pyrnnfast.explain(pyrnnfast.LSTMCell(128, size), x) for size in (128, 256))
+        narrow = pyrnnfast.explain(pyrnnfast.LSTMCell(128, 256), x.bfloat16())
+    assert (small.path, narrow.path) == ("fused", "fused")
+    assert large.path == "torch" and "state" in large.reason
+
+
 @few
 @forms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

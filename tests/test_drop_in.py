@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CELLS, SMALL, Case, gradients
@@ -545,3 +546,60 @@ def test_parametrized_modules_are_replaced(name: str) -> None:
     assert not isinstance(module, getattr(pyrnnfast, name))
     parametrize.remove_parametrizations(module, weight)
     assert type(module) is getattr(torch.nn, name)
+
+
+# Tensors of all kinds ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"num_layers": 2, "dropout": 0.5}], ids=str)
+def test_features_of_a_frozen_model(name: str, options: dict[str, Any]) -> None:
+    """Computed in inference mode; torch saves a copy of them where its layout is another."""
+    if name.endswith("Cell") and options:
+        pytest.skip("an option of layers")
+    module = getattr(pyrnnfast, name)(3, 5, **options)
+    with torch.inference_mode():
+        x = torch.ones(2, 3) if name.endswith("Cell") else torch.ones(2, 4, 3)
+    results = module(x)
+    y = results if isinstance(results, Tensor) else results[0]
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_sizes_that_are_numpys(name: str) -> None:
+    """torch's cells take them; its layers, and so ours, do not."""
+    torch.manual_seed(0)
+    cell = getattr(pyrnnfast, name)(np.int64(3), np.int64(5))
+    torch.manual_seed(0)
+    stock = getattr(torch.nn, name)(np.int64(3), np.int64(5))
+    torch.testing.assert_close(cell(torch.ones(2, 3)), stock(torch.ones(2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_of_the_older_layout() -> None:
+    """Left to torch, whose GRU takes them where their sequences are equally long."""
+    torch.manual_seed(0)
+    gru, x = pyrnnfast.GRU(3, 5), torch.randn(2, 4, 3)
+    nested = torch.nested.nested_tensor(list(x))
+    assert pyrnnfast.explain(gru, nested).path == "torch"
+    torch.testing.assert_close(gru(nested)[0], gru(x)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "dropout": 0.5}], ids=str)
+def test_zeros_without_memory(options: dict[str, Any]) -> None:
+    gru, x = pyrnnfast.GRU(3, 5, **options), torch.ones(4, 2, 3)
+    gru.eval()
+    zeros = torch._efficientzerotensor((4, 2, 3))
+    torch.testing.assert_close(gru(zeros)[0], gru(torch.zeros(4, 2, 3))[0])
+    gru.train()
+    y, _ = gru(x)
+    gradients = torch.autograd.grad(y, list(gru.parameters()), torch._efficientzerotensor(y.shape))
+    assert all((g == 0).all() for g in gradients)
+
+
+def test_an_expanded_state_is_copied_only_if_it_fits() -> None:
+    gru, x, row = pyrnnfast.GRU(3, 5), torch.ones(4, 2, 3), torch.rand(1, 1, 5)
+    torch.testing.assert_close(gru(x, row.expand(1, 2, 5))[0], gru(x, row.repeat(1, 2, 1))[0])
+    with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 2, 5\), got \[1, 1099511627776, 5\]"):
+        gru(x, row.expand(1, 2**40, 5))

@@ -404,3 +404,40 @@ def test_not_a_number_in_one_sequence_stays_there(cell: str, instruction_set: st
     for name, t in dirty.items():
         assert torch.equal(t[:, others], clean[name][:, others])
         assert t[:, 3].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_a_cell_half_on_meta(name: str) -> None:
+    """torch's cells compute with weights that have no memory, and answer with what happens to stand somewhere."""
+    x = torch.ones(2, 3)
+    nowhere, partly = (getattr(pyrnnfast, name)(3, 5) for _ in range(2))
+    nowhere.to("meta")
+    partly.bias_hh = torch.nn.Parameter(partly.bias_hh.to("meta"))
+    for cell, input in ((nowhere, x), (partly, x), (partly, x.to("meta"))):
+        with pytest.raises(RuntimeError, match="Input and parameter tensors are not at the same device"):
+            cell(input)
+    state = nowhere(x.to("meta"))
+    assert (state[0] if name == "LSTMCell" else state).is_meta
+
+
+@pytest.mark.parametrize("option", ["proj_size", "single_step", "input_size", "foo"])
+def test_functions_take_their_own_options_only(option: str) -> None:
+    weights = [torch.ones(20, 3), torch.ones(20, 5), torch.ones(20), torch.ones(20)]
+    with pytest.raises(TypeError, match=rf"^lstm\(\) got an unexpected keyword argument '{option}'$"):
+        pyrnnfast.functional.lstm(torch.ones(4, 2, 3), None, weights, **{option: 1})
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_more_layers_than_anybody_has(cell: str) -> None:
+    """Refused by their number, before anything is made for each."""
+    rows = 15 if cell == "gru" else 20
+    weights = [torch.ones(rows, 3), torch.ones(rows, 5), torch.ones(rows), torch.ones(rows)]
+    with pytest.raises((RuntimeError, ValueError), match=f"{2**42}.* weights"):
+        getattr(pyrnnfast.functional, cell)(torch.ones(4, 2, 3), None, weights, num_layers=2**40)
+
+
+def test_a_reset_whose_memory_was_freed() -> None:
+    reset = torch.zeros(4, 2, dtype=torch.bool)
+    reset.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="has no memory"):
+        pyrnnfast.GRU(3, 5)(torch.ones(4, 2, 3), reset=reset)
