@@ -140,7 +140,7 @@ bool Reader::place(py::handle tensor, Layout layout, Operand& o) {
   return true;
 }
 
-// After which o is contiguous.
+// Makes o contiguous; false where it is expanded and nobody asked to resolve it.
 bool Reader::compact(py::handle tensor, Operand& o) {
   if (is_contiguous(o)) return true;
   for (int i = 0; i < o.dimensions; ++i) {

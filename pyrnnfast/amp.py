@@ -17,10 +17,10 @@ _FEW_WEIGHTS = 1 << 17
 
 def obstacle(device: str, spec: Spec, input: Any, hx: Any) -> str | None:
     """Why a call under autocast is torch's: the kernels have one dtype for the products and for the state."""
+    if not _keeps_state(device, spec, input, hx):
+        return None
     weights = passes.CELLS[spec.cell].gates * spec.hidden_size * (spec.input_size + spec.hidden_size)
-    if _keeps_state(device, spec, input, hx) and weights > _FEW_WEIGHTS:
-        return "autocast narrows the products of a cell, not its state: no kernel does"
-    return None
+    return "autocast narrows a cell's products, not its state: no kernel does" if weights > _FEW_WEIGHTS else None
 
 
 def _keeps_state(device: str, spec: Spec, input: Any, hx: Any) -> bool:
@@ -38,10 +38,10 @@ def narrowed(device: str, spec: Spec, input: Any, hx: Any, weights: Sequence[Ten
     """The operands of a call, those that autocast takes for ``device``, "cpu" or "cuda", in its dtype; where a cell's
     state is kept, in the state's."""
     dtype = dtype_for(device, spec)
-    taken = {torch.float32}  # on CUDA all but float64
+    taken = {torch.float32}
     if _keeps_state(device, spec, input, hx):
         dtype, taken = torch.float32, {torch.bfloat16}
-    elif device == "cuda":
+    elif device == "cuda":  # all but float64
         taken = {torch.float32, torch.float16, torch.bfloat16}
 
     def cast(t: Any) -> Any:

@@ -39,9 +39,6 @@ def call(
         extras = NO_EXTRAS  # no sequence has a length
     device = _device_type(weights)
     autocast = torch.is_autocast_enabled(device)
-    saved = torch.is_grad_enabled() and not torch.compiler.is_compiling() and isinstance(input, Tensor)
-    if saved and input.is_inference():  # as of plain calls
-        input = input.clone()
     form = obstacles.form(input)
     input = _readable(form, input)
     operands, road = (input, hx, weights), None
@@ -51,11 +48,7 @@ def call(
         if road.by_torch and not extras:
             reason = road.reason  # without asking what it would not need
         else:
-            if autocast:
-                operands = amp.narrowed(device, spec, *operands)
-            reason = obstacles.obstacle(spec, form, *operands)
-            if autocast and reason is None:
-                reason = amp.obstacle(device, spec, input, hx)
+            operands, reason = _served(device, spec, form, input, hx, weights)
     if road is None or reason is not None:
         if extras or spec.cell_states:
             raise ValueError(f"torch has no lengths, reset or cell_states, and {reason}")
@@ -78,17 +71,21 @@ def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], extras: 
     device = _device_type(weights)
     form = obstacles.form(input)
     input = _readable(form, input)
-    operands = input, hx, weights
-    autocast = torch.is_autocast_enabled(device)
-    if autocast:
-        operands = amp.narrowed(device, spec, *operands)
-    reason = obstacles.obstacle(spec, form, *operands)
-    if autocast and reason is None:
-        reason = amp.obstacle(device, spec, input, hx)
+    _, reason = _served(device, spec, form, input, hx, weights)
     if reason is not None:
         return "torch", reason
     road = _road(device, spec, form, input, hx, weights, extras)
     return road.path, road.reason
+
+
+def _served(
+    device: str, spec: Spec, form: str, input: Any, hx: Any, weights: Sequence[Tensor]
+) -> tuple[tuple[Any, Any, Sequence[Tensor]], str | None]:
+    """The operands as autocast has them, and why the kernels do not serve the call, if they do not."""
+    if not torch.is_autocast_enabled(device):
+        return (input, hx, weights), obstacles.obstacle(spec, form, input, hx, weights)
+    operands = amp.narrowed(device, spec, input, hx, weights)
+    return operands, obstacles.obstacle(spec, form, *operands) or amp.obstacle(device, spec, input, hx)
 
 
 def _readable(asked: str, input: Any) -> Any:
@@ -185,7 +182,7 @@ def _torch_call(spec: Spec, weights: Sequence[Tensor]) -> Callable[[Any, Any], A
     """The forward of torch's own module with these weights."""
 
     def forward(input: Any, hx: Any) -> Any:
-        if spec.weights > 1000 and len(weights) != spec.weights:  # without a module of as many
+        if len(weights) != spec.weights:
             raise ValueError(f"expected {spec.weights} weights, got {len(weights)}")
         options: dict[str, object] = {"nonlinearity": spec.cell[4:]} if spec.cell.startswith("rnn_") else {}
         if not spec.single_step:
@@ -195,8 +192,6 @@ def _torch_call(spec: Spec, weights: Sequence[Tensor]) -> Callable[[Any, Any], A
         module = stock(spec.input_size, spec.hidden_size, bias=spec.bias, device="meta", **options)
         module.train(spec.training)
         parameters = [name for name, _ in module.named_parameters()]
-        if len(parameters) != len(weights):
-            raise ValueError(f"expected {len(parameters)} weights ({', '.join(parameters)}), got {len(weights)}")
         for name, weight in zip(parameters, weights, strict=True):
             del module._parameters[name]
             setattr(module, name, weight)
@@ -241,8 +236,8 @@ def _call(
 ) -> Any:
     options: dict[str, Any] = {**given}
     lengths, reset = options.pop("lengths", None), options.pop("reset", None)
-    if not options.keys() <= _OPTIONS:
-        unknown = next(name for name in options if name not in _OPTIONS)
+    unknown = next((name for name in options if name not in _OPTIONS), None)
+    if unknown is not None:
         raise TypeError(f"{cell.partition('_')[0]}() got an unexpected keyword argument '{unknown}'")
     weights = tuple(weights)
     if len(weights) < 2:

@@ -56,6 +56,8 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
     """
     if extras:
         _check(extras, input, spec.batch_first)
+    if torch.is_grad_enabled():
+        input = _savable_input(input)
     if spec.single_step:
         return _run_step(spec, asked, input, hx, weights)
     if isinstance(input, PackedSequence):
@@ -191,6 +193,10 @@ def savable(t: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return t
     return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
+
+
+def _savable_input(input: Any) -> Any:
+    return PackedSequence(savable(input.data), *input[1:]) if isinstance(input, PackedSequence) else savable(input)
 
 
 def is_empty_batch(spec: Spec, input: Any) -> bool:

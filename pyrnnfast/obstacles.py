@@ -279,12 +279,14 @@ def guard(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> None:
         return
     if spec.single_step:
         # torch computes with weights that have no memory, and gives what happens to be somewhere.
-        for t in (input, *weights):
-            if isinstance(t, Tensor) and isinstance(input, Tensor) and t.is_meta is not input.is_meta:
-                raise RuntimeError(
-                    "Input and parameter tensors are not at the same device, found input tensor at "
-                    f"{input.device} and parameter tensor at {t.device}"
-                )
+        states = hx if isinstance(hx, (tuple, list)) else (hx,)
+        for kind, tensors in (("parameter", weights), ("hidden", states)):
+            for t in tensors:
+                if isinstance(t, Tensor) and isinstance(input, Tensor) and t.is_meta is not input.is_meta:
+                    raise RuntimeError(
+                        f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
+                        f"and {kind} tensor at {t.device}"
+                    )
     if spec.cell != "lstm":
         return
     pair = isinstance(hx, (tuple, list)) and len(hx) == 2

@@ -72,8 +72,7 @@ def call(
     results, kept = found
     if kept is not None:
         h0, c0 = hx if form[0] == "lstm" and hx is not None else (hx, None)
-        if x.is_inference():  # features of a frozen model, which autograd does not save
-            x = x.clone()
+        x = layers.savable(x)  # it may be features of a frozen model
         sizes = None if batch_sizes is None else layers.savable(batch_sizes)
         results = _apply(form, results, kept, x, sizes, h0, c0, *weights)
         if form[0] == "lstm":

@@ -603,3 +603,13 @@ def test_an_expanded_state_is_copied_only_if_it_fits() -> None:
     torch.testing.assert_close(gru(x, row.expand(1, 2, 5))[0], gru(x, row.repeat(1, 2, 1))[0])
     with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 2, 5\), got \[1, 1099511627776, 5\]"):
         gru(x, row.expand(1, 2**40, 5))
+
+
+def test_packed_features_of_a_frozen_model() -> None:
+    """By the road that keeps all cell states."""
+    lstm = pyrnnfast.LSTM(3, 5, cell_states=True)
+    with torch.inference_mode():
+        data = torch.ones(6, 3)
+    y, _, _ = lstm(PackedSequence(data, torch.tensor([3, 2, 1])))
+    y.data.sum().backward()
+    assert all(p.grad is not None for p in lstm.parameters())

@@ -416,6 +416,9 @@ def test_a_cell_half_on_meta(name: str) -> None:
     for cell, input in ((nowhere, x), (partly, x), (partly, x.to("meta"))):
         with pytest.raises(RuntimeError, match="Input and parameter tensors are not at the same device"):
             cell(input)
+    h = torch.zeros(2, 5, device="meta")
+    with pytest.raises(RuntimeError, match="Input and hidden tensors are not at the same device"):
+        getattr(pyrnnfast, name)(3, 5)(x, (h, h) if name == "LSTMCell" else h)
     state = nowhere(x.to("meta"))
     assert (state[0] if name == "LSTMCell" else state).is_meta
 

@@ -35,10 +35,12 @@ struct BackwardPass {
 
   static void layout(const Backward& p, const Plan& plan, int64_t* bytes) {
     constexpr auto size = static_cast<int64_t>(sizeof(T)), narrow_size = static_cast<int64_t>(sizeof(Operand));
-    // Panels that are not packed before the pass are read where they lie, but for a last block that is not whole.
+    // Panels that are not packed before the pass are packed at use or read where they lie; of W_hh, which each step
+    // reads, a last block that is not whole is packed here all the same.
     if (packs_hidden(p, plan)) {
       const int64_t columns = plan.packed ? padded<S>(p.hidden) : unit_vectors * S::lanes;
-      bytes[kPackedHidden] = (narrow(p) ? narrow_size : size) * packed_depth(gates * p.hidden) * columns;
+      bytes[kPackedHidden] =
+          (narrow(p) ? static_cast<int64_t>(sizeof(E)) : size) * packed_depth(gates * p.hidden) * columns;
     }
     if (p.dx.data != nullptr && G::packed(p, plan, kPackedInput)) {
       bytes[kPackedInput] = narrow_size * packed_depth(gates * p.hidden) * padded<S>(p.inputs);
@@ -118,7 +120,7 @@ struct BackwardPass {
         stretch(starting, end, starting_heights, nullptr);
         // Sequences that had their first step just before, in a layer that runs backward.
         const int64_t first = end > share.row_begin ? end : share.row_begin;
-        if (p.dh0.data != nullptr && first < leaving) leave(p, plan, b, first, leaving, dgates, share.rank);
+        if (p.dh0.data != nullptr) leave(p, plan, b, first, leaving, dgates, share.rank);
       }
       meet(share);
     }
@@ -147,7 +149,7 @@ struct BackwardPass {
         narrow_row<S>(region<T>(plan, kCell) + row * units, p.hidden, at<E>(p.dc0, row, 0), false);
       }
     }
-    // Each thread rounds what it has added up itself.
+    // Each thread rounds what it has added up itself, where it was not rounded tile by tile.
     if constexpr (!kSame<T, E>) {
       const int64_t gate_rows = G::rounds_tiles(p, plan) ? 0 : gates * p.hidden;
       for (int64_t row = share_of(gate_rows, rank, size); row < share_of(gate_rows, rank + 1, size); ++row) {
@@ -358,25 +360,27 @@ struct BackwardPass {
   // ∂L/∂h0 of rows whose first step was the one that `dgates` (row 0) belong to.
   static void leave(const Backward& p, const Plan& plan, const Block& b, int64_t first, int64_t end,
                     const Operand* dgates, int rank) {
-    if (first == end) return;
     T* const sums = G::own_rows(p, plan, rank);
     const int width = b.vectors * S::lanes;
-    const auto through = [&](auto type) {
-      G::template through_weight<decltype(type)>(p, plan, dgates + first * G::dgates_stride(p), end - first, p.batch,
-                                                 kPackedHidden, b, width, rank, sums, width, false);
-    };
-    if (narrow(p)) {
-      through(E{});
-    } else if constexpr (!narrow_products) {
-      through(T{});
-    }
-    for (int64_t row = first; row < end; ++row) {
-      T* own = sums + (row - first) * width;
-      if constexpr (Cell::has_carry && !Cell::has_cell) {
-        const T* carry = region<T>(plan, kCell) + row * padded<S>(p.hidden) + b.first;
-        for (int i = 0; i < width; i += S::lanes) S::store(own + i, S::load(own + i) + S::load(carry + i));
+    for (; first < end; first += G::kStripRows) {
+      const int64_t strip = end - first < G::kStripRows ? end - first : G::kStripRows;
+      const auto through = [&](auto type) {
+        G::template through_weight<decltype(type)>(p, plan, dgates + first * G::dgates_stride(p), strip, p.batch,
+                                                   kPackedHidden, b, width, rank, sums, width, false);
+      };
+      if (narrow(p)) {
+        through(E{});
+      } else if constexpr (!narrow_products) {
+        through(T{});
       }
-      narrow_row<S>(own, b.present, at<E>(p.dh0, row, b.first), false);
+      for (int64_t i = 0; i < strip; ++i) {
+        T* own = sums + i * width;
+        if constexpr (Cell::has_carry && !Cell::has_cell) {
+          const T* carry = region<T>(plan, kCell) + (first + i) * padded<S>(p.hidden) + b.first;
+          for (int k = 0; k < width; k += S::lanes) S::store(own + k, S::load(own + k) + S::load(carry + k));
+        }
+        narrow_row<S>(own, b.present, at<E>(p.dh0, first + i, b.first), false);
+      }
     }
   }
 };

@@ -1,8 +1,9 @@
 // The forward pass: x W_ihᵀ and h W_hhᵀ, a tile at a time, and the cell's equations while the tile is in the first
 // cache.
 //
-// The input's product comes first, for all rows of a chunk of steps. Where there are only a few rows in all, both are
-// dot products with weights read where they lie.
+// The input's product comes first, for all rows of a chunk of steps. Weights are packed before, or, of a single step,
+// a panel at a time where it is used; where there are only a few rows in all, both are dot products with weights read
+// where they lie.
 #pragma once
 
 #include "../activations.h"
@@ -26,6 +27,7 @@ struct ForwardPass {
   // A tile is at most four vectors wide: the gates of one vector of units, or four vectors of units.
   static constexpr int unit_vectors = gates == 1 ? kMaxVectors : 1;
 
+  // Columns of a whole panel.
   static constexpr int widest = gates * unit_vectors * S::lanes;
 
   static int64_t blocks(const Forward& p) { return ceil_div(p.hidden, unit_vectors * S::lanes); }
@@ -40,17 +42,18 @@ struct ForwardPass {
   static bool narrow(const Forward& p) { return narrow_products || (!kSame<T, E> && p.batch < 8); }
 
   static void layout(const Forward& p, const Plan& plan, int64_t* bytes) {
-    constexpr auto size = static_cast<int64_t>(sizeof(T));
+    constexpr auto size = static_cast<int64_t>(sizeof(T)), narrow_size = static_cast<int64_t>(sizeof(Operand));
     const int64_t units = padded<S>(p.hidden);
     if (plan.packed) {
       const int64_t columns = plan.packed_at_use ? plan.threads * widest : gates_stride(p);
-      if (has_recurrent_product(p)) bytes[kPackedHidden] = size * packed_depth(p.hidden) * columns;
-      bytes[kPackedInput] = size * packed_depth(p.inputs) * columns;
+      if (has_recurrent_product(p))
+        bytes[kPackedHidden] = (narrow(p) ? static_cast<int64_t>(sizeof(E)) : size) * packed_depth(p.hidden) * columns;
+      bytes[kPackedInput] = narrow_size * packed_depth(p.inputs) * columns;
       bytes[kGates0] = size * plan.chunk_rows * gates_stride(p);
       if (!kSame<Operand, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
     }
     bytes[kBias] = size * (gates_stride(p) + units);
-    bytes[kState0] = bytes[kState1] = size * p.batch * units;
+    bytes[kState0] = bytes[kState1] = narrow_size * p.batch * units;
     if (Cell::has_cell || keeps_h) bytes[kCell] = size * p.batch * units;
   }
 

@@ -1,5 +1,6 @@
 // What a chunk of dgates gives once it is there: dx of its rows, and its part of dW_ih, dW_hh and the biases'
-// gradients, while it is in the cache. dgates are never written to memory as a whole.
+// gradients, while it is in the cache. dgates are never written to memory as a whole. And products with a weight,
+// whatever of it is packed, as dx and dh0 are.
 #pragma once
 
 #include "../cells.h"
@@ -28,15 +29,12 @@ struct Gradients {
   // would all pack all panels.
   static bool packed(const Backward& p, const Plan& plan, Region r) {
     const bool once = r == kPackedHidden ? p.steps == 1 : p.offsets[p.steps] <= plan.chunk_rows;
-    return wants_packing(plan, r) && !(once && deals_panels(r == kPackedHidden ? p.hidden : p.inputs, plan.threads));
+    const int64_t blocks = ceil_div(r == kPackedHidden ? p.hidden : p.inputs, kMaxVectors * S::lanes);
+    return wants_packing(plan, r) && !(once && deal_evenly(blocks, plan.threads));
   }
   // Whether, instead, each whole panel is packed where it is used.
   static bool packs_at_use(const Backward& p, const Plan& plan, Region r) {
     return wants_packing(plan, r) && !packed(p, plan, r);
-  }
-  static bool deals_panels(int64_t columns, int threads) {
-    const int64_t blocks = ceil_div(columns, kMaxVectors * S::lanes);
-    return blocks % threads == 0 || blocks >= 4 * threads;
   }
   // Whether a block of columns is read where it lies.
   static bool lies_ready(const Plan& plan, Region r, const Block& b) {
@@ -80,10 +78,11 @@ struct Gradients {
     }
   };
 
-  // A thread's room for one block of columns of as many rows as such a product has.
+  // A thread's room for one block of columns of a strip of rows that such a product has.
+  static constexpr int64_t kStripRows = kDepth;
   static int64_t own_rows_bytes(const Backward& p, const Plan& plan) {
     const int64_t rows = p.dx.data != nullptr && !kSame<T, E> ? plan.chunk_rows : p.dh0.data != nullptr ? p.batch : 0;
-    return rows * kMaxVectors * S::lanes * static_cast<int64_t>(sizeof(T));
+    return (rows < kStripRows ? rows : kStripRows) * kMaxVectors * S::lanes * static_cast<int64_t>(sizeof(T));
   }
   static T* own_rows(const Backward& p, const Plan& plan, int rank) {
     return region<T>(plan, kRows) + rank * own_rows_bytes(p, plan) / static_cast<int64_t>(sizeof(T));
@@ -188,9 +187,13 @@ struct Gradients {
       } else {
         T* sums = own_rows(p, plan, share.rank);
         const int width = b.vectors * S::lanes;
-        through_weight<Operand>(p, plan, left, count, rows, kPackedInput, b, width, share.rank, sums, width, false);
-        for (int64_t i = 0; i < count; ++i) {
-          narrow_row<S>(sums + i * width, b.present, at<E>(p.dx, flat + i, b.first), p.add_to_dx);
+        for (int64_t first = 0; first < count; first += kStripRows) {
+          const int64_t strip = count - first < kStripRows ? count - first : kStripRows;
+          through_weight<Operand>(p, plan, left + first * dgates_stride(p), strip, rows, kPackedInput, b, width,
+                                  share.rank, sums, width, false);
+          for (int64_t i = 0; i < strip; ++i) {
+            narrow_row<S>(sums + i * width, b.present, at<E>(p.dx, flat + first + i, b.first), p.add_to_dx);
+          }
         }
       }
     }
@@ -271,13 +274,16 @@ struct Gradients {
     return first;
   }
 
+  // Rows of dW that stay in the first cache: a few whole tiles.
+  static constexpr int64_t kSliceRows = 8 * Products<S, Operand, Operand>::max_rows;
+
   // Some rows of one panel's columns of dW, of all rows of the data, rounded while they are in the first cache.
   static void rounded_product(const Backward& p, const Left<Operand>& left, int64_t rows, const Panel<Operand>& panel,
                               int columns, int64_t depth, E* out, int64_t out_stride) {
-    constexpr int64_t most = 8 * Products<S, Operand, Operand>::max_rows, width = kMaxVectors * S::lanes;
-    alignas(64) T tiles[most * width];
-    for (int64_t first = 0; first < rows; first += most) {
-      const int64_t count = rows - first < most ? rows - first : most;
+    constexpr int64_t width = kMaxVectors * S::lanes;
+    alignas(64) T tiles[kSliceRows * width];
+    for (int64_t first = 0; first < rows; first += kSliceRows) {
+      const int64_t count = rows - first < kSliceRows ? rows - first : kSliceRows;
       multiply<S>(Left<Operand>{left.data + first * left.row, left.row, left.depth}, count, gates * p.hidden, panel,
                   static_cast<int>(panel.stride), depth, tiles, width, false);
       for (int64_t i = 0; i < count; ++i) {
@@ -288,7 +294,8 @@ struct Gradients {
 
   // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, or null for zeros. Where whole panels
   // can be dealt out evenly, each thread has some columns of dW; else some rows, and packs all panels for itself. What
-  // it adds up elsewhere than in dW itself it has to round in the end, too, and that goes by rows.
+  // is rounded goes by rows: each thread has paired columns of dgates for its own, and rounds in the end what it has
+  // added up elsewhere than in dW itself (`out`).
   template <class Source>
   static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
                               const Source& source, int64_t columns, bool recurrent, const Matrix& gradient,
@@ -304,52 +311,74 @@ struct Gradients {
     Cursor start{p.offsets[chunk.first], chunk.first, 0};
     for (int64_t k = 0; k < rows; k += kDepth) {
       const int64_t depth = rows - k < kDepth ? rows - k : kDepth;
+      // Of few rows, as many panels at once as there is room for: dW is written along its rows then, some at a time,
+      // and not down a panel, where narrow rows are one or two cache lines.
+      const int64_t room = packed_depth(depth) * kMaxVectors * S::lanes;
+      const int64_t several = kSame<T, E> ? 1 : kDepth / packed_depth(depth);
       Cursor after = start;
-      for (int64_t index = first_block; index < last_block; ++index) {
-        const Block b = block_at<S>(columns, kMaxVectors, index);
-        const int width = b.vectors * S::lanes;
-        after = start;
-        const auto next = [&] {
-          const E* from = source(after);
-          ++after.flat;
-          if (++after.row == active_rows(p, after.t)) {
-            ++after.t;
-            after.row = 0;
-          }
-          return from == nullptr ? nullptr : from + b.first;
-        };
-        const Operand* panel = packed;
-        if constexpr (kSame<T, E>) {
-          // Rows of one panel's width that lie beside one another are as it wants them.
-          const E* ready = width == columns ? together(next, depth, width) : nullptr;
-          if (ready != nullptr) {
-            panel = ready;
-          } else {
+      for (int64_t group = first_block; group < last_block; group += several) {
+        const int64_t group_end = group + several < last_block ? group + several : last_block;
+        const Operand* panels = packed;
+        for (int64_t index = group; index < group_end; ++index) {
+          const Block b = block_at<S>(columns, kMaxVectors, index);
+          const int width = b.vectors * S::lanes;
+          const auto next = [&] {
+            const E* from = source(after);
+            ++after.flat;
+            if (++after.row == active_rows(p, after.t)) {
+              ++after.t;
+              after.row = 0;
+            }
+            return from == nullptr ? nullptr : from + b.first;
+          };
+          after = start;
+          if constexpr (kSame<T, E>) {
+            // Rows of the only panel's width that lie beside one another are as it wants them.
+            const E* ready = width == columns ? together(next, depth, width) : nullptr;
+            if (ready != nullptr) {
+              panels = ready;
+              continue;
+            }
             after = start;
           }
+          pack_rows(next, b, depth, packed + (index - group) * room);
         }
-        for (int64_t i = 0; i < depth && panel == packed; ++i) {
-          if constexpr (narrow_products) {
-            const E* even = next();
-            pack_row_pair<S>(even, i + 1 < depth ? next() : nullptr, b, packed + i * width);
-            ++i;
-          } else {
-            pack_row<S>(next(), b, packed + i * width);
+        const int64_t slice = group_end - group > 1 ? kSliceRows : end - begin;
+        for (int64_t row = begin; row < end; row += slice) {
+          const int64_t slice_end = row + slice < end ? row + slice : end;
+          for (int64_t index = group; index < group_end; ++index) {
+            const Block b = block_at<S>(columns, kMaxVectors, index);
+            const Panel<Operand> panel{panels + (index - group) * room, b.vectors * S::lanes};
+            for_each_stretch(p, recurrent, row, slice_end, [&](int64_t first, int64_t last, int64_t column) {
+              const Left<Operand> left = transposed(p, plan, dgates, k, column);
+              if constexpr (!kSame<T, E>) {
+                if (rounds_tiles(p, plan)) {
+                  return rounded_product(p, left, last - first, panel, b.present, depth,
+                                         at<E>(gradient, first, b.first), gradient.stride);
+                }
+              }
+              multiply<S>(left, last - first, gates * p.hidden, panel, b.present, depth,
+                          out.data + first * out.stride + b.first, out.stride, out.again || k > 0);
+            });
           }
         }
-        for_each_stretch(p, recurrent, begin, end, [&](int64_t first, int64_t last, int64_t column) {
-          const Left<Operand> left = transposed(p, plan, dgates, k, column);
-          if constexpr (!kSame<T, E>) {
-            if (rounds_tiles(p, plan)) {
-              return rounded_product(p, left, last - first, Panel<Operand>{panel, width}, b.present, depth,
-                                     at<E>(gradient, first, b.first), gradient.stride);
-            }
-          }
-          multiply<S>(left, last - first, gates * p.hidden, Panel<Operand>{panel, width}, b.present, depth,
-                      out.data + first * out.stride + b.first, out.stride, out.again || k > 0);
-        });
       }
       start = after;
+    }
+  }
+
+  // A panel of the rows that next() gives, or of pairs of them.
+  template <class Next>
+  static void pack_rows(const Next& next, const Block& b, int64_t depth, Operand* panel) {
+    const int width = b.vectors * S::lanes;
+    for (int64_t i = 0; i < depth; ++i) {
+      if constexpr (narrow_products) {
+        const E* even = next();
+        pack_row_pair<S>(even, i + 1 < depth ? next() : nullptr, b, panel + i * width);
+        ++i;
+      } else {
+        pack_row<S>(next(), b, panel + i * width);
+      }
     }
   }
 

@@ -9,17 +9,21 @@ namespace pyrnnfast {
 
 // The call's own memory, apart from its operands. Elements are of the type that is computed with.
 enum Region {
-  kPackedHidden,  // W_hh in panels, for the recurrent product (weights.h)
-  kPackedInput,   // W_ih in panels, for the input's product (forward) or for dx (backward)
-  kBias,          // forward: [G·H + H] in the order of the tile; backward: the running sums of dgates' rows
-  kState0,        // forward: h before and after the step by turns, [B, H] each
+  // W_hh in panels, for the recurrent product, and W_ih, for the input's product (forward) or for dx (backward): see
+  // weights.h. Forward, where they are packed at use: one panel for each thread.
+  kPackedHidden,
+  kPackedInput,
+  kBias,    // forward: [G·H + H] in the order of the tile; backward: the running sums of dgates' rows
+  kState0,  // forward: h before and after the step by turns, [B, H] each
   kState1,
   // [B, H], forward: c of the last step, or h where the state is rounded; backward: what the cell carries back.
   kCell,
   kGates0,  // rows of one chunk, forward: the input's product; backward: dgates, by turns
   kGates1,
-  kPairs,      // dgates of one chunk with pairs of rows side by side, where the products want pairs
-  kRows,       // rows of one chunk of x or dx, [chunk, I], where they have to be converted
+  kPairs,  // dgates of one chunk with pairs of rows side by side, where the products want pairs
+  // Forward: rows of one chunk of x, [chunk, I], where they have to be widened; backward, for each thread: a block of
+  // columns of dx or dh0 before it is rounded, or added to.
+  kRows,
   kPanels,     // one panel for each thread
   kSumsInput,  // dW_ih and dW_hh before they are rounded
   kSumsHidden,
@@ -29,7 +33,8 @@ enum Region {
 // What schedule.cpp has decided about a call, and where its regions stand.
 struct Plan {
   bool packed;  // weights are packed; else they are read where they lie, which pays for a few rows
-  // Forward, a single step whose units all threads share: each packs a panel just before it uses it, once.
+  // Forward, a single step whose units all threads share: each packs a panel just before it uses it, once. (Backward
+  // has the same for either weight: gradients.h.)
   bool packed_at_use;
   bool input_packed;   // backward: W_ih is, too
   int64_t chunk_rows;  // at most so many rows in a chunk of steps, unless one step has more
@@ -42,6 +47,12 @@ struct Chunk {
   int64_t first, last;
   int index;  // in the order of the pass; −1: there is no such chunk
 };
+
+namespace {
+// Whether so many blocks are about even shares for the threads, whatever is left over. (In no namespace of all files:
+// they are compiled for different processors.)
+inline bool deal_evenly(int64_t blocks, int threads) { return blocks % threads == 0 || blocks >= 4 * threads; }
+}  // namespace
 
 // One thread's part of a pass; of its rows, where they are ragged, of a chunk.
 struct Share {
@@ -58,7 +69,7 @@ template <class P>
 struct Kernel {
   int64_t (*blocks)(const P&);                            // of hidden units
   void (*layout)(const P&, const Plan&, int64_t* bytes);  // of each region
-  void (*begin)(const P&, const Plan&, const Share&);     // packs weights, sets the first states
+  void (*begin)(const P&, const Plan&, const Share&);     // packs weights for the whole pass, sets the first states
   // The recurrence over a chunk; `before` is the chunk that came before it in the order of the pass.
   void (*sweep)(const P&, const Plan&, const Chunk& chunk, const Chunk& before, const Share&);
   // The products over all rows of a chunk: before its sweep in the forward pass, after it in the backward pass.

@@ -49,8 +49,6 @@ Threshold rows_per_thread{"rows_per_thread"};
 constexpr int64_t kRowsPerThread = 4;
 // So large a W_hh does not fit the second cache: threads that each have few rows had better share its units.
 constexpr int64_t kLargeWeights = 192 << 10, kFewRows = 16;
-// So many blocks are about even shares, whatever is left over.
-constexpr int64_t kBlocksPerThread = 4;
 
 constexpr size_t kLargePage = size_t{2} << 20;
 // A result beyond this may come fresh from the system at each call: always beyond 32 MB (glibc's largest threshold),
@@ -204,8 +202,8 @@ struct Order<Backward> {
 int groups_of(const Problem& p, int64_t blocks, int64_t rows_set, int threads) {
   const bool large = gates_of(p.cell) * p.hidden * p.hidden >= kLargeWeights;
   // Of a single step no thread waits for another between steps, and each reads its part of the weights only.
-  const bool even = blocks % threads == 0 || blocks >= kBlocksPerThread * threads;
-  const bool share_units = !is_dense(p) || (large && p.batch < kFewRows * threads) || (p.steps == 1 && even);
+  const bool apart = p.steps == 1 && deal_evenly(blocks, threads);
+  const bool share_units = !is_dense(p) || (large && p.batch < kFewRows * threads) || apart;
   const int64_t most = p.batch / (rows_set < 0 ? kRowsPerThread : std::max<int64_t>(rows_set, 1));
   const int64_t wanted = share_units && rows_set < 0 ? (threads + blocks - 1) / blocks : threads;
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most), 1, threads));
