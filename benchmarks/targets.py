@@ -122,7 +122,7 @@ class Judged(NamedTuple):
 
     @property
     def ratio_at_limit(self) -> float:
-        """What ``ratio`` would be if a row took no longer than its limit; of a single step, which the limit does not
+        """What ``ratio`` would be if the row took just its limit; of a single step, bound by what the limit does not
         know, ``ratio`` itself."""
         return self.ratio if self.entry["shape"][0] == 1 else self.ratio * self.distance
 

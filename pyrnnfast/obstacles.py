@@ -277,12 +277,12 @@ def guard(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> None:
     """
     if recording_obstacle() is not None:
         return
-    if spec.single_step:
+    if spec.single_step and isinstance(input, Tensor):
         # torch computes with weights that have no memory, and gives what happens to be somewhere.
         states = hx if isinstance(hx, (tuple, list)) else (hx,)
         for kind, tensors in (("parameter", weights), ("hidden", states)):
             for t in tensors:
-                if isinstance(t, Tensor) and isinstance(input, Tensor) and t.is_meta is not input.is_meta:
+                if isinstance(t, Tensor) and t.is_meta is not input.is_meta:
                     raise RuntimeError(
                         f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
                         f"and {kind} tensor at {t.device}"

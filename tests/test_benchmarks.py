@@ -228,6 +228,14 @@ def test_a_row_counts_in_the_better_of_its_runs() -> None:
     assert not judged.met
 
 
+def test_what_a_row_would_win_at_its_limit() -> None:
+    runs = [entry(ours_ms=ours, torch_ms=2.0, limit_ms=0.5) for ours in (0.8, 1.25)]
+    (judged,) = targets.judge(runs)
+    assert judged.ratio == pytest.approx(2.0) and judged.ratio_at_limit == pytest.approx(4.0)
+    (step,) = targets.judge([run | {"shape": [1, 1, 128, 128]} for run in runs])
+    assert step.ratio_at_limit == step.ratio == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize(
     ("shape", "threads", "target"),
     [
