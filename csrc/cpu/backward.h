@@ -18,39 +18,27 @@ struct BackwardPass {
   using T = typename S::Scalar;
   using V = typename S::Value;
   using Math = VectorMath<S>;
+  using D = Dgates<Cell, S, E>;
+  using W = ThroughWeights<Cell, S, E>;
   using G = Gradients<Cell, S, E>;
-  using Operand = typename G::Operand;
-  static constexpr bool narrow_products = G::narrow_products;
+  using Operand = typename D::Operand;
+  static constexpr bool narrow_products = kNarrowProducts<S, E>;
   static constexpr int gates = Cell::gates;
-  static constexpr int unit_vectors = kMaxVectors;
 
-  static int64_t blocks(const Backward& p) { return ceil_div(p.hidden, unit_vectors * S::lanes); }
-  static Block block(const Backward& p, int64_t index) { return block_at<S>(p.hidden, unit_vectors, index); }
-
-  // Whether panels of W_hh are packed before the pass: of a single step there is no product but dh0's.
-  static bool packs_hidden(const Backward& p, const Plan& plan) {
-    return p.steps > 1 || (p.dh0.data != nullptr && G::packed(p, plan, kPackedHidden));
-  }
-  static bool narrow(const Backward& p) { return narrow_products || (!kSame<T, E> && p.batch < 8); }
+  static int64_t blocks(int64_t columns) { return W::blocks(columns); }
+  static Block block(const Backward& p, int64_t index) { return W::block(p.hidden, index); }
 
   static void layout(const Backward& p, const Plan& plan, int64_t* bytes) {
     constexpr auto size = static_cast<int64_t>(sizeof(T)), narrow_size = static_cast<int64_t>(sizeof(Operand));
-    // Panels that are not packed before the pass are packed at use or read where they lie; of W_hh, which each step
-    // reads, a last block that is not whole is packed here all the same.
-    if (packs_hidden(p, plan)) {
-      const int64_t columns = plan.packed ? padded<S>(p.hidden) : unit_vectors * S::lanes;
-      bytes[kPackedHidden] =
-          (narrow(p) ? static_cast<int64_t>(sizeof(E)) : size) * packed_depth(gates * p.hidden) * columns;
-    }
-    if (p.dx.data != nullptr && G::packed(p, plan, kPackedInput)) {
-      bytes[kPackedInput] = narrow_size * packed_depth(gates * p.hidden) * padded<S>(p.inputs);
-    }
-    bytes[kRows] = plan.threads * G::own_rows_bytes(p, plan);
+    const int64_t hidden_size = W::narrow(p) ? static_cast<int64_t>(sizeof(E)) : size;
+    bytes[kPackedHidden] = hidden_size * W::packed_elements(W::hidden(p, plan));
+    bytes[kPackedInput] = narrow_size * W::packed_elements(W::input(p, plan));
+    bytes[kRows] = size * plan.threads * W::own_rows(p, plan);
     bytes[kBias] = size * Cell::dgates * p.hidden;
     if (Cell::has_carry) bytes[kCell] = size * p.batch * padded<S>(p.hidden);
-    bytes[kGates0] = bytes[kGates1] = narrow_size * plan.chunk_rows * G::dgates_stride(p);
-    if (narrow_products) bytes[kPairs] = narrow_size * packed_depth(plan.chunk_rows) * G::dgates_stride(p);
-    bytes[kPanels] = narrow_size * plan.threads * kDepth * kMaxVectors * S::lanes;
+    bytes[kGates0] = bytes[kGates1] = narrow_size * plan.chunk_rows * D::stride(p);
+    if (narrow_products) bytes[kPairs] = narrow_size * packed_depth(plan.chunk_rows) * D::stride(p);
+    bytes[kPanels] = narrow_size * plan.threads * W::kOwnPanels;
     if (!kSame<T, E> && !G::rounds_tiles(p, plan)) {
       if (p.dweight_ih.data != nullptr) bytes[kSumsInput] = size * gates * p.hidden * p.inputs;
       if (p.dweight_hh.data != nullptr) bytes[kSumsHidden] = size * gates * p.hidden * p.hidden;
@@ -58,24 +46,9 @@ struct BackwardPass {
   }
 
   static void begin(const Backward& p, const Plan& plan, const Share& share) {
-    if (packs_hidden(p, plan)) {
-      const Blocks own = blocks_to_pack(blocks(p), share);
-      for (int64_t index = own.begin; index < own.end; ++index) {
-        const Block b = block(p, index);
-        if (narrow(p)) {
-          G::template pack<E>(p, p.weight_hh, b, G::template packed_panel<E>(p, plan, kPackedHidden, b));
-        } else if (!G::lies_ready(plan, kPackedHidden, b)) {
-          G::template pack<T>(p, p.weight_hh, b, G::template packed_panel<T>(p, plan, kPackedHidden, b));
-        }
-      }
-    }
-    if (p.dx.data != nullptr && G::packed(p, plan, kPackedInput)) {
-      const int64_t blocks = ceil_div(p.inputs, kMaxVectors * S::lanes);
-      for (int64_t index = share.rank; index < blocks; index += share.size) {
-        const Block b = block_at<S>(p.inputs, kMaxVectors, index);
-        G::template pack<Operand>(p, p.weight_ih, b, G::template packed_panel<Operand>(p, plan, kPackedInput, b));
-      }
-    }
+    W::with_hidden_type(p,
+                        [&](auto type) { W::template pack_before<decltype(type)>(plan, W::hidden(p, plan), share); });
+    W::template pack_before<Operand>(plan, W::input(p, plan), share);
     if constexpr (Cell::has_carry) {
       // The LSTM carries ∂L/∂c, and starts with that of c_n. The GRU's ∂L/∂h_n comes in place of the product.
       const int64_t units = padded<S>(p.hidden);
@@ -101,12 +74,12 @@ struct BackwardPass {
       const int64_t starting = continuing > share.row_begin ? continuing : share.row_begin;
       const Heights heights(continuing - share.row_begin, tallest), starting_heights(end - starting, tallest);
       // The dgates of the step before, of row 0.
-      const Operand* dgates = active_before == 0 ? nullptr : G::dgates_at(p, plan, i == 0 ? before : chunk, t_before);
+      const Operand* dgates = active_before == 0 ? nullptr : D::at_step(p, plan, i == 0 ? before : chunk, t_before);
       for (int64_t j = 0; j < own_blocks; ++j) {
         // To and fro, so that each step begins with the weights that the last one has left in the cache.
         const bool ascending = t % 2 == 0;
         const Block b = block(p, ascending ? share.block_begin + j : share.block_end - 1 - j);
-        const int turn = j + 1 == own_blocks || !plan.packed ? 0 : ascending ? 1 : -1;
+        const int turn = j + 1 == own_blocks || plan.hidden != Packing::before ? 0 : ascending ? 1 : -1;
         const Nearer next = j + 1 == own_blocks ? nearer(p, p.reverse ? t + 1 : t - 1, share) : Nearer{};
         int index = 0;
         const auto stretch = [&](int64_t row, int64_t last, const Heights& own, const Operand* before_them) {
@@ -120,7 +93,10 @@ struct BackwardPass {
         stretch(starting, end, starting_heights, nullptr);
         // Sequences that had their first step just before, in a layer that runs backward.
         const int64_t first = end > share.row_begin ? end : share.row_begin;
-        if (p.dh0.data != nullptr) leave(p, plan, b, first, leaving, dgates, share.rank);
+        if (p.dh0.data != nullptr) {
+          const int64_t index = b.first / W::widest;
+          leave(p, plan, {first, leaving, index, index + 1}, dgates, share.rank);
+        }
       }
       meet(share);
     }
@@ -136,13 +112,8 @@ struct BackwardPass {
     const int64_t units = padded<S>(p.hidden);
     const int64_t row_begin = share_of(p.batch, rank, size), row_end = share_of(p.batch, rank + 1, size);
     if (p.dh0.data != nullptr) {
-      using Part = typename G::Part;
-      const int64_t active = active_rows(p, t);
-      const Part part = G::packs_at_use(p, plan, kPackedHidden) ? Part::of_blocks(active, blocks(p), share)
-                                                                : Part::of_rows(active, blocks(p), share);
-      for (int64_t index = part.block_begin; index < part.block_end; ++index) {
-        leave(p, plan, block(p, index), part.row_begin, part.row_end, G::dgates_at(p, plan, last, t), rank);
-      }
+      const typename W::Part part = W::part_of(W::hidden(p, plan), active_rows(p, t), share);
+      leave(p, plan, part, D::at_step(p, plan, last, t), rank);
     }
     if constexpr (Cell::has_cell) {
       for (int64_t row = row_begin; p.dc0.data != nullptr && row < row_end; ++row) {
@@ -231,23 +202,18 @@ struct BackwardPass {
   // tile = dgates W_hh for a block of units.
   static void recurrent_product(const Backward& p, const Plan& plan, const Block& b, const Operand* dgates,
                                 const Place& place, T* tile) {
-    if (narrow(p)) {
-      product_with<E>(p, plan, b, dgates, place, tile);
-    } else if constexpr (!narrow_products) {
-      product_with<T>(p, plan, b, dgates, place, tile);
-    }
+    W::with_hidden_type(p, [&](auto type) { product_with<decltype(type)>(p, plan, b, dgates, place, tile); });
   }
   // P: the type of the packed weights.
   template <class P>
   static void product_with(const Backward& p, const Plan& plan, const Block& b, const Operand* dgates,
                            const Place& place, T* tile) {
-    auto weights = G::template panel<P>(p, plan, p.weight_hh, kPackedHidden, b);
-    if (place.turn != 0)
-      weights.ahead = weights.data + place.turn * packed_depth(gates * p.hidden) * unit_vectors * S::lanes;
+    auto weights = W::template panel<P>(plan, W::hidden(p, plan), b);
+    if (place.turn != 0) weights.ahead = weights.data + place.turn * packed_depth(gates * p.hidden) * W::widest;
     const auto tile_product = Products<S, Operand, P>::find(p.batch, b.vectors, place.rows);
     const char* lines = place.next.for_tile(place.index, gates * p.hidden);
     for (int i = 0; i < Cell::segments; ++i) {
-      const Left<Operand> left{dgates + Cell::segment[i].begin * p.hidden, G::dgates_stride(p), 1};
+      const Left<Operand> left{dgates + Cell::segment[i].begin * p.hidden, D::stride(p), 1};
       const int64_t depth = Cell::segment[i].length * p.hidden;
       auto own = weights.for_tile(place.index, depth);
       if (lines != nullptr) own.ahead = reinterpret_cast<const P*>(lines);
@@ -267,14 +233,14 @@ struct BackwardPass {
       for (int v = 0; v < b.vectors; ++v) prefetch_row(p, place.t, place.row + m, b.first + v * S::lanes);
     }
     if (dgates != nullptr) {
-      recurrent_product(p, plan, b, dgates + place.row * G::dgates_stride(p), place, tile);
+      recurrent_product(p, plan, b, dgates + place.row * D::stride(p), place, tile);
     } else {
       for (int m = 0; m < place.rows; ++m) {
         const E* from = p.grad_h_n.data == nullptr ? nullptr : at<const E>(p.grad_h_n, place.row + m, b.first);
         pack_row<S>(from, b, tile + m * width);
       }
     }
-    Operand* out = G::dgates_at(p, plan, chunk, place.t) + place.row * G::dgates_stride(p);
+    Operand* out = D::at_step(p, plan, chunk, place.t) + place.row * D::stride(p);
     for (int v = 0; v < b.vectors; ++v) {
       const int64_t unit = b.first + v * S::lanes;
       const Column column = column_of(p, plan, place, unit, out + unit);
@@ -322,7 +288,7 @@ struct BackwardPass {
     if constexpr (Cell::has_carry) c.carry = region<T>(plan, kCell) + place.row * units + unit;
     c.carry_stride = units;
     c.dgates = dgates;
-    c.dgates_stride = G::dgates_stride(p);
+    c.dgates_stride = D::stride(p);
     return c;
   }
 
@@ -358,30 +324,22 @@ struct BackwardPass {
   }
 
   // ∂L/∂h0 of rows whose first step was the one that `dgates` (row 0) belong to.
-  static void leave(const Backward& p, const Plan& plan, const Block& b, int64_t first, int64_t end,
-                    const Operand* dgates, int rank) {
-    T* const sums = G::own_rows(p, plan, rank);
-    const int width = b.vectors * S::lanes;
-    for (; first < end; first += G::kStripRows) {
-      const int64_t strip = end - first < G::kStripRows ? end - first : G::kStripRows;
-      const auto through = [&](auto type) {
-        G::template through_weight<decltype(type)>(p, plan, dgates + first * G::dgates_stride(p), strip, p.batch,
-                                                   kPackedHidden, b, width, rank, sums, width, false);
-      };
-      if (narrow(p)) {
-        through(E{});
-      } else if constexpr (!narrow_products) {
-        through(T{});
-      }
-      for (int64_t i = 0; i < strip; ++i) {
-        T* own = sums + i * width;
-        if constexpr (Cell::has_carry && !Cell::has_cell) {
-          const T* carry = region<T>(plan, kCell) + (first + i) * padded<S>(p.hidden) + b.first;
-          for (int k = 0; k < width; k += S::lanes) S::store(own + k, S::load(own + k) + S::load(carry + k));
+  static void leave(const Backward& p, const Plan& plan, const typename W::Part& part, const Operand* dgates,
+                    int rank) {
+    const auto add_carry = [&](int64_t row, const Block& b, T* sums) {
+      if constexpr (Cell::has_carry && !Cell::has_cell) {
+        const T* carry = region<T>(plan, kCell) + row * padded<S>(p.hidden) + b.first;
+        for (int i = 0; i < b.present; i += S::lanes) {
+          with_lanes<S>(b.present - i, [&](const auto& lanes) {
+            lanes.store(sums + i, lanes.load(sums + i) + lanes.load(carry + i));
+          });
         }
-        narrow_row<S>(own, b.present, at<E>(p.dh0, first + i, b.first), false);
       }
-    }
+    };
+    W::with_hidden_type(p, [&](auto type) {
+      W::template product<decltype(type)>(p, plan, W::hidden(p, plan), dgates, p.batch, part, p.dh0, false, rank,
+                                          add_carry);
+    });
   }
 };
 

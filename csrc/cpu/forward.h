@@ -30,8 +30,11 @@ struct ForwardPass {
   // Columns of a whole panel.
   static constexpr int widest = gates * unit_vectors * S::lanes;
 
-  static int64_t blocks(const Forward& p) { return ceil_div(p.hidden, unit_vectors * S::lanes); }
+  static int64_t blocks(int64_t columns) { return ceil_div(columns, unit_vectors * S::lanes); }
   static Block block(const Forward& p, int64_t index) { return block_at<S>(p.hidden, unit_vectors, index); }
+
+  static bool packed(const Plan& plan) { return plan.hidden != Packing::in_place; }
+  static bool at_use(const Plan& plan) { return plan.hidden == Packing::at_use; }
 
   // Gates of one row in the order of the tiles: [block][gate][unit].
   static int64_t gates_stride(const Forward& p) { return gates * padded<S>(p.hidden); }
@@ -44,8 +47,8 @@ struct ForwardPass {
   static void layout(const Forward& p, const Plan& plan, int64_t* bytes) {
     constexpr auto size = static_cast<int64_t>(sizeof(T)), narrow_size = static_cast<int64_t>(sizeof(Operand));
     const int64_t units = padded<S>(p.hidden);
-    if (plan.packed) {
-      const int64_t columns = plan.packed_at_use ? plan.threads * widest : gates_stride(p);
+    if (packed(plan)) {
+      const int64_t columns = at_use(plan) ? plan.threads * widest : gates_stride(p);
       if (has_recurrent_product(p))
         bytes[kPackedHidden] = (narrow(p) ? static_cast<int64_t>(sizeof(E)) : size) * packed_depth(p.hidden) * columns;
       bytes[kPackedInput] = narrow_size * packed_depth(p.inputs) * columns;
@@ -58,10 +61,10 @@ struct ForwardPass {
   }
 
   static void begin(const Forward& p, const Plan& plan, const Share& share) {
-    const Blocks own = blocks_to_pack(blocks(p), share);
+    const Blocks own = blocks_to_pack(blocks(p.hidden), share);
     for (int64_t index = own.begin; index < own.end; ++index) {
       const Block b = block(p, index);
-      if (plan.packed && !plan.packed_at_use) {
+      if (plan.hidden == Packing::before) {
         if (has_recurrent_product(p)) pack_hidden(p, plan, b, share.rank);
         pack_input(p, plan, b, share.rank);
       }
@@ -86,7 +89,7 @@ struct ForwardPass {
   // its own units here, too, where these can be dealt out evenly: what one writes no other will read, and each reads
   // its part of the weights only. Else they share the rows.
   static void products(const Forward& p, const Plan& plan, const Chunk& chunk, const Share& share) {
-    if (!plan.packed) return;
+    if (!packed(plan)) return;
     const int64_t base = p.offsets[chunk.first];
     Rows parts[kSteps];
     int count = 0;
@@ -122,8 +125,8 @@ struct ForwardPass {
         // To and fro, so that each step begins with the weights that the last one has left in the cache.
         const bool ascending = step % 2 == 0;
         const Block b = block(p, ascending ? share.block_begin + j : share.block_end - 1 - j);
-        const int turn = j + 1 == own_blocks || plan.packed_at_use ? 0 : ascending ? 1 : -1;
-        if (plan.packed_at_use && has_recurrent_product(p)) pack_hidden(p, plan, b, share.rank);
+        const int turn = j + 1 == own_blocks || at_use(plan) ? 0 : ascending ? 1 : -1;
+        if (at_use(plan) && has_recurrent_product(p)) pack_hidden(p, plan, b, share.rank);
         int index = 0;
         for (int64_t row = share.row_begin; row < end; ++index) {
           const int rows = heights[index];
@@ -186,7 +189,7 @@ struct ForwardPass {
   // Where a panel of so many elements for each column begins: a thread has room for one if it packs them as it uses
   // them.
   static int64_t panel_offset(const Plan& plan, const Block& b, int64_t depth, int rank) {
-    return packed_depth(depth) * (plan.packed_at_use ? rank * widest : gates_offset(b));
+    return packed_depth(depth) * (at_use(plan) ? rank * widest : gates_offset(b));
   }
   template <class P>
   static P* hidden_panel(const Forward& p, const Plan& plan, const Block& b, int rank) {
@@ -238,7 +241,7 @@ struct ForwardPass {
 
     const T* input = input_tile;
     int64_t input_stride = width;
-    if (plan.packed) {
+    if (packed(plan)) {
       input = region<T>(plan, kGates0) + (flat - place.base) * gates_stride(p) + gates_offset(b);
       input_stride = gates_stride(p);
       for (int m = 0; m < place.rows; ++m) {
@@ -250,7 +253,7 @@ struct ForwardPass {
     }
     if (place.step == 0 && p.h0.data == nullptr) {
       for (int i = 0; i < place.rows * width; i += S::lanes) S::store(tile + i, V{});
-    } else if (!plan.packed) {
+    } else if (!packed(plan)) {
       dot_tile(p, p.weight_hh, h.data, units, p.hidden, place.rows, b, tile);
     } else if (narrow(p)) {
       recurrent_product<E>(p, plan, place, b, h, tile);
@@ -275,7 +278,7 @@ struct ForwardPass {
   }
 
   static bool by_units(const Forward& p, const Plan& plan, const Share& share) {
-    return plan.packed_at_use || padded<S>(p.hidden) % (share.members * unit_vectors * S::lanes) == 0;
+    return at_use(plan) || padded<S>(p.hidden) % (share.members * unit_vectors * S::lanes) == 0;
   }
 
   static void input_products(const Forward& p, const Plan& plan, const Chunk& chunk, const Rows* parts, int count,
@@ -283,16 +286,16 @@ struct ForwardPass {
     const int64_t base = p.offsets[chunk.first], whole = chunk_rows(p, chunk);
     const Matrix rows = x_of(p, plan, base, parts, count, share);
     const bool all_rows = by_units(p, plan, share);
-    const int64_t last_block = all_rows ? share.block_end : blocks(p);
+    const int64_t last_block = all_rows ? share.block_end : blocks(p.hidden);
     for (int64_t index = all_rows ? share.block_begin : 0; index < last_block; ++index) {
       const Block b = block(p, index);
       const int width = gates * b.vectors * S::lanes;
-      if (plan.packed_at_use) pack_input(p, plan, b, share.rank);
+      if (at_use(plan)) pack_input(p, plan, b, share.rank);
       for (int64_t k = 0; k < p.inputs; k += kDepth) {
         const int64_t depth = p.inputs - k < kDepth ? p.inputs - k : kDepth;
         // The next panel lies behind this one.
         const Operand* data = input_panel(p, plan, b, share.rank) + k * width;
-        const bool is_last = (index + 1 == last_block || plan.packed_at_use) && k + depth == p.inputs;
+        const bool is_last = (index + 1 == last_block || at_use(plan)) && k + depth == p.inputs;
         const Panel<Operand> panel{data, width, is_last ? nullptr : data + depth * width};
         for (int i = 0; i < count; ++i) {
           const Rows part = all_rows ? parts[i] : own_part(parts[i], i, count, share);

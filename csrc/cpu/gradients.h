@@ -1,10 +1,8 @@
 // What a chunk of dgates gives once it is there: dx of its rows, and its part of dW_ih, dW_hh and the biases'
-// gradients, while it is in the cache. dgates are never written to memory as a whole. And products with a weight,
-// whatever of it is packed, as dx and dh0 are.
+// gradients, while it is in the cache. dgates are never written to memory as a whole.
 #pragma once
 
-#include "../cells.h"
-#include "rows.h"
+#include "through_weights.h"
 
 namespace pyrnnfast {
 namespace {
@@ -14,110 +12,16 @@ template <class Cell, class S, class E>
 struct Gradients {
   using T = typename S::Scalar;
   using V = typename S::Value;
+  using D = Dgates<Cell, S, E>;
+  using W = ThroughWeights<Cell, S, E>;
+  using Operand = typename D::Operand;
   static constexpr int gates = Cell::gates;
   static constexpr bool narrow_products = kNarrowProducts<S, E>;
-  using Operand = OperandOf<S, E>;
-
-  // A cache line more than a row needs: rows a power of two apart would fall upon one another in the caches.
-  static int64_t dgates_stride(const Backward& p) {
-    return padded<S>(Cell::dgates * p.hidden) + 64 / static_cast<int64_t>(sizeof(Operand));
-  }
-
-  static bool wants_packing(const Plan& plan, Region r) { return r == kPackedHidden ? plan.packed : plan.input_packed; }
-  // Whether all panels are packed in memory before the pass. One that is used once is packed by the thread that uses
-  // it, a stretch at a time, and stays in its second cache; but threads that cannot share panels evenly share rows, and
-  // would all pack all panels.
-  static bool packed(const Backward& p, const Plan& plan, Region r) {
-    const bool once = r == kPackedHidden ? p.steps == 1 : p.offsets[p.steps] <= plan.chunk_rows;
-    const int64_t blocks = ceil_div(r == kPackedHidden ? p.hidden : p.inputs, kMaxVectors * S::lanes);
-    return wants_packing(plan, r) && !(once && deal_evenly(blocks, plan.threads));
-  }
-  // Whether, instead, each whole panel is packed where it is used.
-  static bool packs_at_use(const Backward& p, const Plan& plan, Region r) {
-    return wants_packing(plan, r) && !packed(p, plan, r);
-  }
-  // Whether a block of columns is read where it lies.
-  static bool lies_ready(const Plan& plan, Region r, const Block& b) {
-    return kSame<T, E> && !wants_packing(plan, r) && b.present == b.vectors * S::lanes;
-  }
-  template <class P>
-  static P* packed_panel(const Backward& p, const Plan& plan, Region r, const Block& b) {
-    return region<P>(plan, r) + (packed(p, plan, r) ? packed_depth(gates * p.hidden) * b.first : 0);
-  }
-  template <class P>
-  static Panel<P> panel(const Backward& p, const Plan& plan, const Matrix& weight, Region r, const Block& b) {
-    if constexpr (kSame<T, E>) {
-      if (lies_ready(plan, r, b)) return {at<const P>(weight, 0, b.first), weight.stride};
-    }
-    return {packed_panel<P>(p, plan, r, b), b.vectors * S::lanes};
-  }
-  template <class P>
-  static void pack(const Backward& p, const Matrix& weight, const Block& b, P* to) {
-    pack_by_column<S>(static_cast<const E*>(weight.data), weight.stride, gates * p.hidden, b, to);
-  }
 
   // Whether dW is rounded tile by tile: one product sums up all rows. Else float32 sums of it are kept until the end.
   static bool rounds_tiles(const Backward& p, const Plan& plan) {
     const int64_t rows = p.offsets[p.steps];
     return !kSame<T, E> && rows <= plan.chunk_rows && rows <= kDepth;
-  }
-
-  // A thread's own panel of one stretch.
-  static Operand* own_panel(const Plan& plan, int rank) {
-    return region<Operand>(plan, kPanels) + rank * kDepth * kMaxVectors * S::lanes;
-  }
-
-  // What a thread has of a product: rows × blocks of columns.
-  struct Part {
-    int64_t row_begin, row_end, block_begin, block_end;
-    static Part of_rows(int64_t rows, int64_t blocks, const Share& s) {
-      return {share_of(rows, s.rank, s.size), share_of(rows, s.rank + 1, s.size), 0, blocks};
-    }
-    static Part of_blocks(int64_t rows, int64_t blocks, const Share& s) {
-      return {0, rows, share_of(blocks, s.rank, s.size), share_of(blocks, s.rank + 1, s.size)};
-    }
-  };
-
-  // A thread's room for one block of columns of a strip of rows that such a product has.
-  static constexpr int64_t kStripRows = kDepth;
-  static int64_t own_rows_bytes(const Backward& p, const Plan& plan) {
-    const int64_t rows = p.dx.data != nullptr && !kSame<T, E> ? plan.chunk_rows : p.dh0.data != nullptr ? p.batch : 0;
-    return (rows < kStripRows ? rows : kStripRows) * kMaxVectors * S::lanes * static_cast<int64_t>(sizeof(T));
-  }
-  static T* own_rows(const Backward& p, const Plan& plan, int rank) {
-    return region<T>(plan, kRows) + rank * own_rows_bytes(p, plan) / static_cast<int64_t>(sizeof(T));
-  }
-
-  // Rows of dgates times one block of columns of a weight, to `columns` columns of `out`. P: the type of packed
-  // weights. `whole`: how many rows all threads have together (multiply).
-  template <class P>
-  static void through_weight(const Backward& p, const Plan& plan, const Operand* dgates, int64_t rows, int64_t whole,
-                             Region r, const Block& b, int columns, int rank, T* out, int64_t out_stride, bool add) {
-    const bool recurrent = r == kPackedHidden;
-    const Matrix& weight = recurrent ? p.weight_hh : p.weight_ih;
-    const bool ready = packed(p, plan, r) || lies_ready(plan, r, b) || (recurrent && p.steps > 1);
-    P* const own = static_cast<P*>(static_cast<void*>(own_panel(plan, rank)));
-    const Panel<P> there = ready ? panel<P>(p, plan, weight, r, b) : Panel<P>{own, b.vectors * S::lanes};
-    for_each_stretch(p, recurrent, 0, gates * p.hidden, [&](int64_t first, int64_t last, int64_t column) {
-      for (int64_t k = first; k < last; k += kDepth) {
-        const int64_t depth = last - k < kDepth ? last - k : kDepth;
-        Panel<P> stretch = there;
-        if (ready) {
-          stretch.data += k * there.stride;
-          // The next stretch lies behind this one, where they are packed.
-          if (packed(p, plan, r)) stretch.ahead = stretch.data + depth * there.stride;
-        } else {
-          pack_by_column<S>(at<const E>(weight, k, 0), weight.stride, depth, b, own);
-        }
-        multiply<S>(Left<Operand>{dgates + column + k - first, dgates_stride(p), 1}, rows, whole, stretch, columns,
-                    depth, out, out_stride, add || k > 0);
-      }
-    });
-  }
-
-  static Operand* dgates_at(const Backward& p, const Plan& plan, const Chunk& chunk, int64_t t) {
-    Operand* rows = region<Operand>(plan, chunk.index % 2 == 0 ? kGates0 : kGates1);
-    return rows + (p.offsets[t] - p.offsets[chunk.first]) * dgates_stride(p);
   }
 
   // h of the step before in time's order of the layer, null for zeros.
@@ -129,11 +33,16 @@ struct Gradients {
   static void products(const Backward& p, const Plan& plan, const Chunk& chunk, const Share& share) {
     const int rank = share.rank, size = share.size;
     const int64_t rows = chunk_rows(p, chunk);
-    const Operand* dgates = dgates_at(p, plan, chunk, chunk.first);
-    if (p.dx.data != nullptr) input_gradient(p, plan, chunk, dgates, share);
+    const Operand* dgates = D::at_step(p, plan, chunk, chunk.first);
+    if (p.dx.data != nullptr) {
+      const typename W::Weight weight = W::input(p, plan);
+      const Matrix dx{at<E>(p.dx, p.offsets[chunk.first], 0), p.dx.stride};
+      W::template product<Operand>(p, plan, weight, dgates, rows, W::part_of(weight, rows, share), dx, p.add_to_dx,
+                                   rank, [](int64_t, const Block&, T*) {});
+    }
     if (p.dgates.data != nullptr) {
       for (int64_t row = share_of(rows, rank, size); row < share_of(rows, rank + 1, size); ++row) {
-        narrow_row<S>(dgates + row * dgates_stride(p), Cell::dgates * p.hidden,
+        narrow_row<S>(dgates + row * D::stride(p), Cell::dgates * p.hidden,
                       at<E>(p.dgates, p.offsets[chunk.first] + row, 0), false);
       }
     }
@@ -151,9 +60,10 @@ struct Gradients {
                       Sums{sums(p.dweight_hh, plan, kSumsHidden), sums_stride(p.dweight_hh, p.hidden), again}, rank,
                       size);
     }
+    if constexpr (!kSame<T, E>) S::stream_end();
     if (p.dbias_ih.data != nullptr || p.dbias_hh.data != nullptr) {
       const int64_t columns = Cell::dgates * p.hidden;
-      add_up(dgates, dgates_stride(p), rows, share_of(columns, rank, size), share_of(columns, rank + 1, size), again,
+      add_up(dgates, D::stride(p), rows, share_of(columns, rank, size), share_of(columns, rank + 1, size), again,
              region<T>(plan, kBias));
     }
   }
@@ -169,36 +79,6 @@ struct Gradients {
   }
 
  private:
-  // dx = dgates W_ih of the chunk: where threads pack panels as they use them, each has some columns of it, else some
-  // rows.
-  static void input_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
-                             const Share& share) {
-    const int64_t rows = chunk_rows(p, chunk), blocks = ceil_div(p.inputs, kMaxVectors * S::lanes);
-    const Part part =
-        packs_at_use(p, plan, kPackedInput) ? Part::of_blocks(rows, blocks, share) : Part::of_rows(rows, blocks, share);
-    if (part.row_begin == part.row_end) return;
-    const int64_t flat = p.offsets[chunk.first] + part.row_begin, count = part.row_end - part.row_begin;
-    const Operand* left = dgates + part.row_begin * dgates_stride(p);
-    for (int64_t index = part.block_begin; index < part.block_end; ++index) {
-      const Block b = block_at<S>(p.inputs, kMaxVectors, index);
-      if constexpr (kSame<T, E>) {
-        through_weight<T>(p, plan, left, count, rows, kPackedInput, b, b.present, share.rank,
-                          at<T>(p.dx, flat, b.first), p.dx.stride, p.add_to_dx);
-      } else {
-        T* sums = own_rows(p, plan, share.rank);
-        const int width = b.vectors * S::lanes;
-        for (int64_t first = 0; first < count; first += kStripRows) {
-          const int64_t strip = count - first < kStripRows ? count - first : kStripRows;
-          through_weight<Operand>(p, plan, left + first * dgates_stride(p), strip, rows, kPackedInput, b, width,
-                                  share.rank, sums, width, false);
-          for (int64_t i = 0; i < strip; ++i) {
-            narrow_row<S>(sums + i * width, b.present, at<E>(p.dx, flat + first + i, b.first), p.add_to_dx);
-          }
-        }
-      }
-    }
-  }
-
   // A row of the data: row `row` of step t.
   struct Cursor {
     int64_t flat, t, row;
@@ -217,19 +97,6 @@ struct Gradients {
     return kSame<T, E> ? gradient.stride : columns;
   }
 
-  // Rows begin … end − 1 of dW, with the columns of dgates that are theirs: fn(first row, last row + 1, first column).
-  template <class Fn>
-  static void for_each_stretch(const Backward& p, bool recurrent, int64_t begin, int64_t end, const Fn& fn) {
-    int64_t row = 0;
-    for (int i = 0; i < (recurrent ? Cell::segments : 1); ++i) {
-      const int64_t column = recurrent ? Cell::segment[i].begin * p.hidden : 0;
-      const int64_t length = (recurrent ? Cell::segment[i].length : gates) * p.hidden;
-      const int64_t first = begin > row ? begin : row, last = end < row + length ? end : row + length;
-      if (first < last) fn(first, last, column + first - row);
-      row += length;
-    }
-  }
-
   // Pairs of rows of dgates side by side, as dW's sums over rows want them: the columns of a thread's rows of dW, and
   // not an element of another thread's.
   static void pair_rows(const Backward& p, const Plan& plan, const Operand* dgates, int64_t rows, int rank, int size) {
@@ -237,9 +104,9 @@ struct Gradients {
     const auto pair = [&](int64_t first, int64_t last, int64_t column) {
       const int64_t count = last - first, whole = count - count % S::lanes;
       for (int64_t row = 0; row < rows; row += 2) {
-        const Operand* even = dgates + row * dgates_stride(p) + column;
-        const Operand* odd = row + 1 < rows ? even + dgates_stride(p) : nullptr;
-        Operand* to = region<Operand>(plan, kPairs) + row * dgates_stride(p) + 2 * column;
+        const Operand* even = dgates + row * D::stride(p) + column;
+        const Operand* odd = row + 1 < rows ? even + D::stride(p) : nullptr;
+        Operand* to = region<Operand>(plan, kPairs) + row * D::stride(p) + 2 * column;
         pack_row_pair<S>(even, odd, Block{0, static_cast<int>(whole / S::lanes), static_cast<int>(whole)}, to);
         for (int64_t i = whole; i < count; ++i) {
           to[2 * i] = even[i];
@@ -248,7 +115,7 @@ struct Gradients {
       }
     };
     pair(begin, end, begin);
-    for_each_stretch(p, true, begin, end, [&](int64_t first, int64_t last, int64_t column) {
+    D::for_each_stretch(p, true, begin, end, [&](int64_t first, int64_t last, int64_t column) {
       if (column != first) pair(first, last, column);
     });
   }
@@ -256,11 +123,11 @@ struct Gradients {
   // Those columns as the left operand: element [column, row].
   static Left<Operand> transposed(const Backward& p, const Plan& plan, const Operand* dgates, int64_t row,
                                   int64_t column) {
-    const int64_t at_row = row * dgates_stride(p);
+    const int64_t at_row = row * D::stride(p);
     if constexpr (narrow_products) {
-      return {region<Operand>(plan, kPairs) + at_row + 2 * column, 2, dgates_stride(p)};
+      return {region<Operand>(plan, kPairs) + at_row + 2 * column, 2, D::stride(p)};
     } else {
-      return {dgates + at_row + column, 1, dgates_stride(p)};
+      return {dgates + at_row + column, 1, D::stride(p)};
     }
   }
 
@@ -287,7 +154,7 @@ struct Gradients {
       multiply<S>(Left<Operand>{left.data + first * left.row, left.row, left.depth}, count, gates * p.hidden, panel,
                   static_cast<int>(panel.stride), depth, tiles, width, false);
       for (int64_t i = 0; i < count; ++i) {
-        narrow_row<S>(tiles + i * width, columns, out + (first + i) * out_stride, false);
+        stream_row<S>(tiles + i * width, columns, out + (first + i) * out_stride);
       }
     }
   }
@@ -306,7 +173,7 @@ struct Gradients {
     const int64_t last_block = by_columns ? first_block + blocks / size : blocks;
     const int64_t begin = by_columns ? 0 : share_of(gates * p.hidden, rank, size);
     const int64_t end = by_columns ? gates * p.hidden : share_of(gates * p.hidden, rank + 1, size);
-    Operand* const packed = own_panel(plan, rank);
+    Operand* const packed = W::template own_panels<Operand>(plan, rank);
     const int64_t rows = chunk_rows(p, chunk);
     Cursor start{p.offsets[chunk.first], chunk.first, 0};
     for (int64_t k = 0; k < rows; k += kDepth) {
@@ -349,7 +216,7 @@ struct Gradients {
           for (int64_t index = group; index < group_end; ++index) {
             const Block b = block_at<S>(columns, kMaxVectors, index);
             const Panel<Operand> panel{panels + (index - group) * room, b.vectors * S::lanes};
-            for_each_stretch(p, recurrent, row, slice_end, [&](int64_t first, int64_t last, int64_t column) {
+            D::for_each_stretch(p, recurrent, row, slice_end, [&](int64_t first, int64_t last, int64_t column) {
               const Left<Operand> left = transposed(p, plan, dgates, k, column);
               if constexpr (!kSame<T, E>) {
                 if (rounds_tiles(p, plan)) {

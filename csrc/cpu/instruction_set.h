@@ -37,7 +37,7 @@ void multiply_share(const Product& p, void* panel, int rank, int size) {
     const Block b = block_at<S>(p.columns, kMaxVectors, index % blocks);
     for (int64_t k = 0; k < p.depth; k += kDepth) {
       const int64_t depth = p.depth - k < kDepth ? p.depth - k : kDepth;
-      pack_by_column<S>(at<const T>(p.b, k, 0) + sample * p.next_b, p.b.stride, depth, b, packed);
+      pack_by_column<S>(at<const T>(p.b, k, b.first) + sample * p.next_b, p.b.stride, depth, b.present, packed);
       Left<T> left{at<const T>(p.a, begin, k), p.a.stride, 1};
       if (p.transposed) left = {at<const T>(p.a, k, begin) + sample * p.next_a, 1, p.a.stride};
       multiply<S>(left, count, p.rows, Panel<T>{packed, b.vectors * S::lanes}, b.present, depth,

@@ -24,20 +24,23 @@ enum Region {
   // Forward: rows of one chunk of x, [chunk, I], where they have to be widened; backward, for each thread: a block of
   // columns of dx or dh0 before it is rounded, or added to.
   kRows,
-  kPanels,     // one panel for each thread
+  kPanels,     // backward, for each thread: a stretch of a few panels
   kSumsInput,  // dW_ih and dW_hh before they are rounded
   kSumsHidden,
   kRegions
 };
 
+// How the panels of a weight come about.
+enum class Packing {
+  in_place,  // not at all: it is read where it lies, which pays for a few rows
+  before,    // all of them before the pass
+  at_use     // where panels are used once: each by the thread that uses it, in whose second cache it stays
+};
+
 // What schedule.cpp has decided about a call, and where its regions stand.
 struct Plan {
-  bool packed;  // weights are packed; else they are read where they lie, which pays for a few rows
-  // Forward, a single step whose units all threads share: each packs a panel just before it uses it, once. (Backward
-  // has the same for either weight: gradients.h.)
-  bool packed_at_use;
-  bool input_packed;   // backward: W_ih is, too
-  int64_t chunk_rows;  // at most so many rows in a chunk of steps, unless one step has more
+  Packing hidden, input;  // of W_hh and W_ih; forward they are the same
+  int64_t chunk_rows;     // at most so many rows in a chunk of steps, unless one step has more
   int threads;
   void* region[kRegions];
 };
@@ -67,7 +70,8 @@ struct Share {
 
 template <class P>
 struct Kernel {
-  int64_t (*blocks)(const P&);                            // of hidden units
+  // Into how many blocks so many columns are cut: hidden units; backward, those of W_ih as well.
+  int64_t (*blocks)(int64_t columns);
   void (*layout)(const P&, const Plan&, int64_t* bytes);  // of each region
   void (*begin)(const P&, const Plan&, const Share&);     // packs weights for the whole pass, sets the first states
   // The recurrence over a chunk; `before` is the chunk that came before it in the order of the pass.

@@ -138,5 +138,16 @@ void narrow_row(const A* from, int64_t count, E* to, bool add) {
   }
 }
 
+// Rounds a row that is not read again soon: whole lines go past the caches, which need not read them first then.
+template <class S>
+void stream_row(const typename S::Scalar* from, int64_t count, Bf16* to) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(Bf16));
+  int64_t i = 0;
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    for (const int64_t whole = count - count % line; i < whole; i += S::lanes) S::stream(to + i, S::load(from + i));
+  }
+  if (i < count) narrow_row<S>(from + i, count - i, to + i, false);
+}
+
 }  // namespace
 }  // namespace pyrnnfast

@@ -209,34 +209,48 @@ int groups_of(const Problem& p, int64_t blocks, int64_t rows_set, int threads) {
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most), 1, threads));
 }
 
-// `groups`: of rows (groups_of).
-Plan make_plan(const Forward& p, const InstructionSet& isa, int groups) {
+// A chunk has at least one step.
+int64_t chunk_rows_of(const Problem& p, int64_t wanted) {
+  return std::min(p.offsets[p.steps], std::max(wanted, p.batch));
+}
+
+// `groups`: of rows (groups_of). Bits depend on whether weights are packed, so that must not depend on the threads;
+// when they are may.
+Plan make_plan(const Forward& p, const InstructionSet& isa, const Kernel<Forward>&, int groups, int threads) {
   const int64_t rows = p.offsets[p.steps];
   // A first step without a state has no recurrent product: half as much to add up for each row.
   const int64_t depth = p.steps > 1 || p.h0.data != nullptr ? p.inputs + p.hidden : 2 * p.inputs;
   const bool from_far = gates_of(p.cell) * p.hidden * depth * bytes_of(p.dtype) > kFarWeights;
   const int64_t read_again = (p.steps - 1) * (from_far ? kRowsPerFarStep : kRowsPerStep);
-  // Whatever the number of threads: bits depend on it.
   const int64_t most = p.steps == 1 ? isa.most_unpacked_rows[static_cast<int>(p.dtype)] : kMostUnpackedRows;
   const int64_t few = std::min(depth / isa.depth_per_row[static_cast<int>(p.dtype)], most) - read_again;
   Plan plan{};
-  plan.packed = rows > unpacked_rows.or_else(few);
-  plan.packed_at_use = plan.packed && p.steps == 1 && groups == 1;
+  plan.threads = threads;
+  if (rows > unpacked_rows.or_else(few)) plan.hidden = p.steps == 1 && groups == 1 ? Packing::at_use : Packing::before;
+  plan.input = plan.hidden;
   // Few, so that the chunk stays in the second cache; more where W_ih itself has to come from far away for each chunk.
   const bool far = gates_of(p.cell) * p.hidden * p.inputs >= (int64_t{2} << 20);
-  plan.chunk_rows = chunk_rows.or_else(far ? 512 : 128);
+  plan.chunk_rows = chunk_rows_of(p, chunk_rows.or_else(far ? 512 : 128));
   return plan;
 }
 
-Plan make_plan(const Backward& p, const InstructionSet&, int) {
+Plan make_plan(const Backward& p, const InstructionSet&, const Kernel<Backward>& kernel, int, int threads) {
   const int64_t rows = p.offsets[p.steps];
   Plan plan{};
-  const int64_t few = p.steps == 1 ? kUnpackedBackwardStep : kUnpackedSteps;
-  plan.packed = rows > unpacked_rows.or_else(few) || p.dtype == Dtype::bfloat16;
+  plan.threads = threads;
   // Each chunk reads and writes dW once, and its dgates: this many rows balance the two.
-  plan.chunk_rows = chunk_rows.or_else(std::clamp<int64_t>(p.inputs + p.hidden, 256, 512));
+  const int64_t wanted = chunk_rows.or_else(std::clamp<int64_t>(p.inputs + p.hidden, 256, 512));
+  plan.chunk_rows = chunk_rows_of(p, wanted);
+  // Threads that cannot share panels evenly share rows, and would all pack all panels.
+  const auto packing = [&](bool used_once, int64_t columns) {
+    return used_once && deal_evenly(kernel.blocks(columns), threads) ? Packing::at_use : Packing::before;
+  };
+  const int64_t few = p.steps == 1 ? kUnpackedBackwardStep : kUnpackedSteps;
+  const bool narrow = p.dtype == Dtype::bfloat16;
+  if (!narrow && rows <= unpacked_rows.or_else(few)) return plan;
+  plan.hidden = packing(p.steps == 1, p.hidden);
   // Read once a chunk, for dx: from the second chunk on packing pays.
-  plan.input_packed = plan.packed && (rows > plan.chunk_rows || p.dtype == Dtype::bfloat16);
+  if (narrow || rows > wanted) plan.input = packing(rows <= plan.chunk_rows, p.inputs);
   return plan;
 }
 
@@ -319,17 +333,14 @@ void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, 
       static_cast<double>(rows + p.steps) * static_cast<double>(p.hidden) *
       (2.0 * static_cast<double>(gates_of(p.cell)) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
   if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
-  const int64_t blocks = kernel.blocks(p), rows_set = rows_per_thread.or_else(-1);
+  const int64_t blocks = kernel.blocks(p.hidden), rows_set = rows_per_thread.or_else(-1);
   const int groups = groups_of(p, blocks, rows_set, threads);
   // Forward, all work is divided as the recurrence is.
   if (Order<P>::products_first) threads = static_cast<int>(std::min<int64_t>(threads, groups * blocks));
   for (const Result& result : Order<P>::results(p)) {
     if (result.bytes > kPerhapsFresh) wish_for_large_pages(result.data, result.bytes);
   }
-  Plan plan = make_plan(p, isa, groups);
-  // A chunk has at least one step.
-  plan.chunk_rows = std::min(rows, std::max(plan.chunk_rows, p.batch));
-  plan.threads = threads;
+  Plan plan = make_plan(p, isa, kernel, groups, threads);
   int64_t bytes[kRegions] = {};
   kernel.layout(p, plan, bytes);
   // A cache line between the regions: two of the same power of two in size would fall upon one another in the caches.

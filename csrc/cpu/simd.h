@@ -26,16 +26,19 @@ struct Bits;
 template <>
 struct Bits<float> {
   using Int = int32_t;
+  using Half = uint16_t;
 };
 template <>
 struct Bits<double> {
   using Int = int64_t;
+  using Half = uint16_t;  // of a bfloat16, which is never computed with in float64
 };
 
 template <class T, int Bytes>
 struct Simd {
   using Scalar = T;
   using Int = typename Bits<T>::Int;
+  using Half = typename Bits<T>::Half;
   typedef T Value __attribute__((vector_size(Bytes)));
   typedef Int Mask __attribute__((vector_size(Bytes)));
   // The same vector at the alignment of its elements, through which memory is read and written.
@@ -88,20 +91,28 @@ struct Simd {
     return reinterpret_cast<Value>(wide);
   }
   static void store(Bf16* p, Value v) {
-    const Mask rounded = upper_half(v);
+    typedef Half UnalignedHalves __attribute__((vector_size(2 * lanes), aligned(2), may_alias));
+    *reinterpret_cast<UnalignedHalves*>(p) = narrowed(v);
+  }
+  // The same past the caches, where the instruction set can; `p` is aligned to the vector. Other threads may read it
+  // after stream_end().
+  static void stream(Bf16* p, Value v) {
 #if defined(__AVX512F__)
     if constexpr (Bytes == 64) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded)));
-      return;
+      return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrowed(v)));
     }
 #endif
 #if defined(__AVX2__)
     if constexpr (Bytes == 32) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), lower_halves(rounded));
-      return;
+      return _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrowed(v)));
     }
 #endif
-    for (int i = 0; i < lanes; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
+    store(p, v);
+  }
+  static void stream_end() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
   }
   // Two vectors lane by lane beside one another, (a₀ b₀) (a₁ b₁) …, which take an operation each to widen, not two.
   static void load_pairs(const Bf16* p, Value& a, Value& b) {
@@ -113,9 +124,17 @@ struct Simd {
   // Of values that bfloat16 has exactly.
   static void store_pairs(Bf16* p, Value a, Value b) {
     typedef Int UnalignedMask __attribute__((vector_size(Bytes), aligned(2), may_alias));
-    *reinterpret_cast<UnalignedMask*>(p) =
-        ((reinterpret_cast<Mask>(a) >> 16) & 0xFFFF) | (reinterpret_cast<Mask>(b) & ~0xFFFF);
+    *reinterpret_cast<UnalignedMask*>(p) = ((reinterpret_cast<Mask>(a) >> 16) & 0xFFFF) | reinterpret_cast<Mask>(b);
   }
+  // Neighbours in memory as one element, to be moved and not computed with: the first n of 2 · lanes, else zeros.
+  typedef T UnalignedPairs __attribute__((vector_size(Bytes), aligned(2), may_alias));
+  static Value load_neighbours(const Bf16* p, int n) {
+    if (n >= 2 * lanes) return *reinterpret_cast<const UnalignedPairs*>(p);
+    Bf16 part[2 * lanes] = {};
+    for (int i = 0; i < n; ++i) part[i] = p[i];
+    return *reinterpret_cast<const UnalignedPairs*>(part);
+  }
+  static void store_neighbours(Bf16* p, Value v) { *reinterpret_cast<UnalignedPairs*>(p) = v; }
   // Of parts, pairs go by masks of 32 bits, as there are none of 16 without more of AVX-512; the last one by itself.
   static Value load_part(const Bf16* p, int n) {
     Mask wide{};
@@ -138,23 +157,23 @@ struct Simd {
     return reinterpret_cast<Value>(wide);
   }
   static void store_part(Bf16* p, Value v, int n) {
-    const Mask rounded = upper_half(v);
+    const Halves halves = narrowed(v);
 #if defined(__AVX512F__)
     if constexpr (Bytes == 64) {
-      const __m256i halves = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded));
-      _mm256_maskstore_epi32(reinterpret_cast<int*>(p), first_of_8(n / 2), halves);
-      p[n - 1].bits = static_cast<uint16_t>(rounded[n - 1]);
+      _mm256_maskstore_epi32(reinterpret_cast<int*>(p), first_of_8(n / 2), reinterpret_cast<__m256i>(halves));
+      p[n - 1].bits = halves[n - 1];
       return;
     }
 #endif
 #if defined(__AVX2__)
     if constexpr (Bytes == 32) {
-      _mm_maskstore_epi32(reinterpret_cast<int*>(p), _mm256_castsi256_si128(first_of_8(n / 2)), lower_halves(rounded));
-      p[n - 1].bits = static_cast<uint16_t>(rounded[n - 1]);
+      _mm_maskstore_epi32(reinterpret_cast<int*>(p), _mm256_castsi256_si128(first_of_8(n / 2)),
+                          reinterpret_cast<__m128i>(halves));
+      p[n - 1].bits = halves[n - 1];
       return;
     }
 #endif
-    for (int i = 0; i < n; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
+    for (int i = 0; i < n; ++i) p[i].bits = halves[i];
   }
 
   // The first n of the lanes, 0 < n < lanes; the others read as zero and are not touched in memory.
@@ -230,21 +249,27 @@ struct Simd {
   }
 
  private:
-  // The bits of v's upper half after rounding, in the lower half of each lane; NaN stays NaN.
-  static Mask upper_half(Value v) {
+  // The upper halves of the lanes after rounding; NaN stays NaN.
+  typedef Half Halves __attribute__((vector_size(2 * lanes)));
+  static Halves narrowed(Value v) {
     const Mask bits = reinterpret_cast<Mask>(v);
     const Mask rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16) & 0xFFFF;
-    return v != v ? Mask{} + 0x7FC0 : rounded;
+    const Mask wide = v != v ? Mask{} + 0x7FC0 : rounded;
+#if defined(__AVX512F__)
+    if constexpr (Bytes == 64) return reinterpret_cast<Halves>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(wide)));
+#endif
+#if defined(__AVX2__)
+    if constexpr (Bytes == 32) {
+      const __m256i all = reinterpret_cast<__m256i>(wide);
+      return reinterpret_cast<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+    }
+#endif
+    return __builtin_convertvector(wide, Halves);
   }
 
 #if defined(__AVX2__)
   static __m256i first_of_8(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  }
-  // Of lanes of 32 bits, whose upper halves are zero.
-  static __m128i lower_halves(Mask v) {
-    const __m256i all = reinterpret_cast<__m256i>(v);
-    return _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
   }
 #endif
 

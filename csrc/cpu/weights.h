@@ -43,6 +43,9 @@ template <class S, class P, class E>
 void pack_by_unit(const E* weight, int64_t stride, int gates, int64_t hidden, int64_t depth, const Block& block,
                   P* panel) {
   using V = typename S::Value;
+  // Pairs of bfloat16, which lie beside one another there as here, are moved as one element.
+  constexpr bool pairs = sizeof(P) != sizeof(typename S::Scalar);
+  constexpr int several = pairs ? 2 : 1;
   const int width = block.vectors * S::lanes;
   const int64_t row = int64_t{gates} * width;  // elements of one k
   // A square of units × k at a time: whole vectors are read and written, and few rows are open at once.
@@ -50,24 +53,28 @@ void pack_by_unit(const E* weight, int64_t stride, int gates, int64_t hidden, in
     const int gate = column / width, unit = column % width;
     const int present = block.present - unit < S::lanes ? block.present - unit : S::lanes;
     const E* from = weight + (gate * hidden + block.first + unit) * stride;
-    for (int64_t k = 0; k < depth; k += S::lanes) {
-      const int left = depth - k < S::lanes ? static_cast<int>(depth - k) : S::lanes;
+    for (int64_t k = 0; k < depth; k += several * S::lanes) {
+      const int left = depth - k < several * S::lanes ? static_cast<int>(depth - k) : several * S::lanes;
       V square[S::lanes];
 #pragma GCC unroll 16
       for (int i = 0; i < S::lanes; ++i) {
         const E* at = from + i * stride + k;
-        square[i] = i >= present ? V{} : left == S::lanes ? S::load(at) : S::load_part(at, left);
+        if constexpr (pairs) {
+          square[i] = i >= present ? V{} : S::load_neighbours(at, left);
+        } else {
+          square[i] = i >= present ? V{} : left == S::lanes ? S::load(at) : S::load_part(at, left);
+        }
       }
       S::transpose(square);
-      if constexpr (sizeof(P) == sizeof(typename S::Scalar)) {
-        P* to = panel + k * row + column;
+      P* to = panel + k * row + several * column;
 #pragma GCC unroll 16
-        for (int i = 0; i < S::lanes; ++i) {
-          if (i < left) S::store(to + i * row, square[i]);
+      for (int i = 0; i < S::lanes; ++i) {
+        if (several * i >= left) continue;
+        if constexpr (pairs) {
+          S::store_neighbours(to + several * i * row, square[i]);
+        } else {
+          S::store(to + i * row, square[i]);
         }
-      } else {
-        P* to = panel + k * row + 2 * column;
-        for (int i = 0; i < left; i += 2) S::store_pairs(to + i * row, square[i], square[i + 1]);
       }
     }
   }
@@ -95,28 +102,28 @@ void pack_row_pair(const Bf16* even, const Bf16* odd, const Block& block, Bf16* 
   }
 }
 
+// The first `columns` columns of a matrix; beyond a whole panel the next ones begin `room` elements on.
 template <class S, class P, class E>
-void pack_by_column(const E* weight, int64_t stride, int64_t depth, const Block& block, P* panel) {
-  const int width = block.vectors * S::lanes;
-  const E* from = weight + block.first;
+void pack_by_column(const E* matrix, int64_t stride, int64_t depth, int64_t columns, P* panel, int64_t room = 0) {
+  constexpr int64_t rows_ahead = 16;
+  constexpr int64_t several = sizeof(P) == sizeof(typename S::Scalar) ? 1 : 2;
   // Rows are far apart: the processor does not know of the next ones by itself.
   const auto nearer = [&](int64_t k) {
-    for (int i = 0; i < block.present; i += static_cast<int>(64 / sizeof(E))) __builtin_prefetch(from + k * stride + i);
+    for (int64_t i = 0; i < columns; i += 64 / static_cast<int64_t>(sizeof(E)))
+      __builtin_prefetch(matrix + k * stride + i);
   };
-  constexpr int64_t rows_ahead = 16;
-  if constexpr (sizeof(P) == sizeof(typename S::Scalar)) {
-    for (int64_t k = 0; k < depth; ++k) {
-      if (k + rows_ahead < depth) nearer(k + rows_ahead);
-      pack_row<S>(from + k * stride, block, panel + k * width);
-    }
-  } else {
-    for (int64_t k = 0; k < depth; k += 2) {
-      if (k + rows_ahead + 1 < depth) {
-        nearer(k + rows_ahead);
-        nearer(k + rows_ahead + 1);
+  for (int64_t k = 0; k < depth; k += several) {
+    for (int64_t next = k + rows_ahead; next < k + rows_ahead + several && next < depth; ++next) nearer(next);
+    P* to = panel;
+    for (int64_t first = 0; first < columns; first += kMaxVectors * S::lanes, to += room) {
+      const Block block = block_at<S>(columns - first, kMaxVectors, 0);
+      const E* from = matrix + k * stride + first;
+      P* const row = to + k * block.vectors * S::lanes;
+      if constexpr (several == 1) {
+        pack_row<S>(from, block, row);
+      } else {
+        pack_row_pair<S>(from, k + 1 < depth ? from + stride : nullptr, block, row);
       }
-      const E* even = from + k * stride;
-      pack_row_pair<S>(even, k + 1 < depth ? even + stride : nullptr, block, panel + k * width);
     }
   }
 }
