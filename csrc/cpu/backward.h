@@ -78,7 +78,8 @@ struct BackwardPass {
       for (int64_t j = 0; j < own_blocks; ++j) {
         // To and fro, so that each step begins with the weights that the last one has left in the cache.
         const bool ascending = t % 2 == 0;
-        const Block b = block(p, ascending ? share.block_begin + j : share.block_end - 1 - j);
+        const int64_t number = ascending ? share.block_begin + j : share.block_end - 1 - j;
+        const Block b = block(p, number);
         const int turn = j + 1 == own_blocks || plan.hidden != Packing::before ? 0 : ascending ? 1 : -1;
         const Nearer next = j + 1 == own_blocks ? nearer(p, p.reverse ? t + 1 : t - 1, share) : Nearer{};
         int index = 0;
@@ -93,10 +94,7 @@ struct BackwardPass {
         stretch(starting, end, starting_heights, nullptr);
         // Sequences that had their first step just before, in a layer that runs backward.
         const int64_t first = end > share.row_begin ? end : share.row_begin;
-        if (p.dh0.data != nullptr) {
-          const int64_t index = b.first / W::widest;
-          leave(p, plan, {first, leaving, index, index + 1}, dgates, share.rank);
-        }
+        if (p.dh0.data != nullptr) leave(p, plan, {first, leaving, number, number + 1}, dgates, share.rank);
       }
       meet(share);
     }

@@ -149,12 +149,19 @@ struct Gradients {
                               int columns, int64_t depth, E* out, int64_t out_stride) {
     constexpr int64_t width = kMaxVectors * S::lanes;
     alignas(64) T tiles[kSliceRows * width];
+    // Of other rows only some begin with a line, and those would leave their neighbours' lines half written.
+    const bool by_lines = reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_stride % kLineOfBf16 == 0;
     for (int64_t first = 0; first < rows; first += kSliceRows) {
       const int64_t count = rows - first < kSliceRows ? rows - first : kSliceRows;
       multiply<S>(Left<Operand>{left.data + first * left.row, left.row, left.depth}, count, gates * p.hidden, panel,
                   static_cast<int>(panel.stride), depth, tiles, width, false);
       for (int64_t i = 0; i < count; ++i) {
-        stream_row<S>(tiles + i * width, columns, out + (first + i) * out_stride);
+        E* const to = out + (first + i) * out_stride;
+        if (by_lines) {
+          stream_row<S>(tiles + i * width, columns, to);
+        } else {
+          narrow_row<S>(tiles + i * width, columns, to, false);
+        }
       }
     }
   }

@@ -21,8 +21,8 @@ enum Region {
   kGates0,  // rows of one chunk, forward: the input's product; backward: dgates, by turns
   kGates1,
   kPairs,  // dgates of one chunk with pairs of rows side by side, where the products want pairs
-  // Forward: rows of one chunk of x, [chunk, I], where they have to be widened; backward, for each thread: a block of
-  // columns of dx or dh0 before it is rounded, or added to.
+  // Forward: rows of one chunk of x, [chunk, I], where they have to be widened; backward, for each thread: a strip of
+  // rows of dx or dh0 before they are rounded.
   kRows,
   kPanels,     // backward, for each thread: a stretch of a few panels
   kSumsInput,  // dW_ih and dW_hh before they are rounded
@@ -50,12 +50,6 @@ struct Chunk {
   int64_t first, last;
   int index;  // in the order of the pass; −1: there is no such chunk
 };
-
-namespace {
-// Whether so many blocks are about even shares for the threads, whatever is left over. (In no namespace of all files:
-// they are compiled for different processors.)
-inline bool deal_evenly(int64_t blocks, int threads) { return blocks % threads == 0 || blocks >= 4 * threads; }
-}  // namespace
 
 // One thread's part of a pass; of its rows, where they are ragged, of a chunk.
 struct Share {

@@ -138,15 +138,15 @@ void narrow_row(const A* from, int64_t count, E* to, bool add) {
   }
 }
 
-// Rounds a row that is not read again soon: whole lines go past the caches, which need not read them first then.
+inline constexpr int64_t kLineOfBf16 = 64 / static_cast<int64_t>(sizeof(Bf16));
+
+// Rounds a row that is not read again soon and begins with a cache line: whole lines go past the caches, which need not
+// read them first then.
 template <class S>
 void stream_row(const typename S::Scalar* from, int64_t count, Bf16* to) {
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(Bf16));
-  int64_t i = 0;
-  if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-    for (const int64_t whole = count - count % line; i < whole; i += S::lanes) S::stream(to + i, S::load(from + i));
-  }
-  if (i < count) narrow_row<S>(from + i, count - i, to + i, false);
+  const int64_t whole = count - count % kLineOfBf16;
+  for (int64_t i = 0; i < whole; i += S::lanes) S::stream(to + i, S::load(from + i));
+  narrow_row<S>(from + whole, count - whole, to + whole, false);
 }
 
 }  // namespace

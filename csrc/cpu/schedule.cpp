@@ -195,6 +195,9 @@ struct Order<Backward> {
   }
 };
 
+// Whether so many blocks are about even shares for the threads, whatever is left over.
+bool deal_evenly(int64_t blocks, int threads) { return blocks % threads == 0 || blocks >= 4 * threads; }
+
 // Into how many groups the rows are cut, each for one thread or for several that share its units. Groups do not
 // wait for one another within a chunk; but those of ragged rows end at different times, whatever the cut, as rows go by
 // whole tiles.

@@ -21,6 +21,7 @@ struct Bf16 {
   uint16_t bits;
 };
 
+// Half, as GCC takes a vector of a size that depends on a parameter for one only if its elements do, too.
 template <class T>
 struct Bits;
 template <>
@@ -31,7 +32,7 @@ struct Bits<float> {
 template <>
 struct Bits<double> {
   using Int = int64_t;
-  using Half = uint16_t;  // of a bfloat16, which is never computed with in float64
+  using Half = uint16_t;
 };
 
 template <class T, int Bytes>
@@ -94,8 +95,8 @@ struct Simd {
     typedef Half UnalignedHalves __attribute__((vector_size(2 * lanes), aligned(2), may_alias));
     *reinterpret_cast<UnalignedHalves*>(p) = narrowed(v);
   }
-  // The same past the caches, where the instruction set can; `p` is aligned to the vector. Other threads may read it
-  // after stream_end().
+  // The same past the caches, where the instruction set can; `p` is aligned to what is written. Other threads may read
+  // it after stream_end().
   static void stream(Bf16* p, Value v) {
 #if defined(__AVX512F__)
     if constexpr (Bytes == 64) {
@@ -130,9 +131,14 @@ struct Simd {
   typedef T UnalignedPairs __attribute__((vector_size(Bytes), aligned(2), may_alias));
   static Value load_neighbours(const Bf16* p, int n) {
     if (n >= 2 * lanes) return *reinterpret_cast<const UnalignedPairs*>(p);
-    Bf16 part[2 * lanes] = {};
-    for (int i = 0; i < n; ++i) part[i] = p[i];
-    return *reinterpret_cast<const UnalignedPairs*>(part);
+    Mask pairs{};
+    if constexpr (Bytes == 64 || Bytes == 32) {
+      pairs = reinterpret_cast<Mask>(load_part(static_cast<const T*>(static_cast<const void*>(p)), n / 2));
+    } else {
+      for (int i = 0; i < n / 2; ++i) pairs[i] = p[2 * i].bits | p[2 * i + 1].bits << 16;
+    }
+    if (n % 2 != 0) pairs = numbers() == n / 2 ? Mask{} + p[n - 1].bits : pairs;
+    return reinterpret_cast<Value>(pairs);
   }
   static void store_neighbours(Bf16* p, Value v) { *reinterpret_cast<UnalignedPairs*>(p) = v; }
   // Of parts, pairs go by masks of 32 bits, as there are none of 16 without more of AVX-512; the last one by itself.

@@ -106,8 +106,8 @@ struct ThroughWeights {
     return static_cast<P*>(static_cast<void*>(region<Operand>(plan, kPanels) + rank * kOwnPanels));
   }
 
-  // A thread's room (kRows) for sums that are rounded on their way: a strip of rows of a block, or fewer rows of
-  // several.
+  // A thread's room (kRows) for sums that are rounded on their way: a strip of rows of a block, or of several blocks if
+  // as many rows are no more than a strip.
   static constexpr int64_t kStripRows = kDepth;
   static int64_t own_rows(const Backward& p, const Plan& plan) {
     const int64_t of_dx = p.dx.data != nullptr ? plan.chunk_rows : 0, of_dh0 = p.dh0.data != nullptr ? p.batch : 0;
@@ -123,22 +123,22 @@ struct ThroughWeights {
     const int64_t rows = part.row_end - part.row_begin;
     if (rows <= 0) return;
     const int64_t strip = kSame<T, E> || rows < kStripRows ? rows : kStripRows;
-    const int64_t room = kStripRows / strip > 1 && w.packing == Packing::at_use ? kStripRows / strip : 1;
-    const int64_t together = room < kSeveral ? room : kSeveral;
+    const bool several = w.packing == Packing::at_use && strip * kSeveral <= kStripRows;
+    const int64_t together = several ? kSeveral : 1;
     T* const own = region<T>(plan, kRows) + rank * own_rows(p, plan);
     for (int64_t first = part.row_begin; first < part.row_end; first += strip) {
       const int64_t count = part.row_end - first < strip ? part.row_end - first : strip;
       for (int64_t begin = part.block_begin; begin < part.block_end; begin += together) {
         const int64_t end = begin + together < part.block_end ? begin + together : part.block_end;
         const auto sums_of = [&](int64_t index) { return own + (index - begin) * count * widest; };
-        const auto add_up = [&](int64_t index, const Panel<P>& panel, int64_t k, int64_t depth, int64_t column) {
+        const auto add_up = [&](int64_t index, const Panel<P>& stretch, int64_t k, int64_t depth, int64_t column) {
           const Block b = block(w.columns, index);
           const Left<Operand> left{dgates + first * D::stride(p) + column, D::stride(p), 1};
           if constexpr (kSame<T, E>) {
-            multiply<S>(left, count, whole, panel, b.present, depth, at<T>(out, first, b.first), out.stride,
+            multiply<S>(left, count, whole, stretch, b.present, depth, at<T>(out, first, b.first), out.stride,
                         add || k > 0);
           } else {
-            multiply<S>(left, count, whole, panel, b.vectors * S::lanes, depth, sums_of(index), widest, k > 0);
+            multiply<S>(left, count, whole, stretch, b.vectors * S::lanes, depth, sums_of(index), widest, k > 0);
           }
         };
         for_each_panel<P>(p, plan, w, begin, end, rank, add_up);
