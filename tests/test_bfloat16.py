@@ -247,6 +247,34 @@ def test_one_rounding_under_any_schedule(cell: str, layer: Layer, schedule: str,
 # Every bit --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("inputs", "hidden"), [(64, 96), (37, 160)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_of_weights_anywhere_in_memory(inputs: int, hidden: int, threads: int, instruction_set: str) -> None:
+    """Rows that begin with a cache line are written past the caches, others are not: the same bits, and nothing beside
+    them."""
+    layer = Layer((9,), hidden, inputs, single_step=True)
+    _cpu.set_threshold("serial_operations", 0)
+    forward = forward_operands("lstm", layer, BF16, threads)
+    _cpu.forward(*forward.values())
+    found = []
+    for offset in (0, 1, 16, 32):
+        operands = backward_operands(forward)
+        buffers = [torch.full((offset + w.numel() + 64,), math.nan, dtype=BF16) for w in operands["dweights"]]
+        if offset == 0:
+            assert all(b.data_ptr() % 64 == 0 for b in buffers)
+        within = [slice(offset, offset + w.numel()) for w in operands["dweights"]]
+        operands["dweights"] = tuple(
+            b[at].view_as(w) for b, at, w in zip(buffers, within, operands["dweights"], strict=True)
+        )
+        _cpu.backward(*operands.values())
+        found.append([w.clone() for w in operands["dweights"]])
+        for buffer, at in zip(buffers, within, strict=True):
+            buffer[at] = math.nan
+            assert buffer.isnan().all()
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
 def assert_same_numbers(found: Tensor, expected: Tensor) -> None:
     assert found.dtype is expected.dtype is BF16
     assert torch.equal(found.isnan(), expected.isnan())

@@ -147,7 +147,7 @@ struct Gradients {
   // Some rows of one panel's columns of dW, of all rows of the data, rounded while they are in the first cache.
   static void rounded_product(const Backward& p, const Left<Operand>& left, int64_t rows, const Panel<Operand>& panel,
                               int columns, int64_t depth, E* out, int64_t out_stride) {
-    constexpr int64_t width = kMaxVectors * S::lanes;
+    constexpr int64_t width = W::widest;
     alignas(64) T tiles[kSliceRows * width];
     // Of other rows only some begin with a line, and those would leave their neighbours' lines half written.
     const bool by_lines = reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_stride % kLineOfBf16 == 0;
@@ -174,8 +174,8 @@ struct Gradients {
   static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
                               const Source& source, int64_t columns, bool recurrent, const Matrix& gradient,
                               const Sums& out, int rank, int size) {
-    const int64_t blocks = ceil_div(columns, kMaxVectors * S::lanes);
-    const bool by_columns = kSame<T, E> && columns % (size * kMaxVectors * S::lanes) == 0;
+    const int64_t blocks = W::blocks(columns);
+    const bool by_columns = kSame<T, E> && columns % (size * W::widest) == 0;
     const int64_t first_block = by_columns ? blocks / size * rank : 0;
     const int64_t last_block = by_columns ? first_block + blocks / size : blocks;
     const int64_t begin = by_columns ? 0 : share_of(gates * p.hidden, rank, size);
@@ -187,14 +187,14 @@ struct Gradients {
       const int64_t depth = rows - k < kDepth ? rows - k : kDepth;
       // Of few rows, as many panels at once as there is room for: dW is written along its rows then, some at a time,
       // and not down a panel, where narrow rows are one or two cache lines.
-      const int64_t room = packed_depth(depth) * kMaxVectors * S::lanes;
+      const int64_t room = packed_depth(depth) * W::widest;
       const int64_t several = kSame<T, E> ? 1 : kDepth / packed_depth(depth);
       Cursor after = start;
       for (int64_t group = first_block; group < last_block; group += several) {
         const int64_t group_end = group + several < last_block ? group + several : last_block;
         const Operand* panels = packed;
         for (int64_t index = group; index < group_end; ++index) {
-          const Block b = block_at<S>(columns, kMaxVectors, index);
+          const Block b = W::block(columns, index);
           const int width = b.vectors * S::lanes;
           const auto next = [&] {
             const E* from = source(after);
@@ -221,7 +221,7 @@ struct Gradients {
         for (int64_t row = begin; row < end; row += slice) {
           const int64_t slice_end = row + slice < end ? row + slice : end;
           for (int64_t index = group; index < group_end; ++index) {
-            const Block b = block_at<S>(columns, kMaxVectors, index);
+            const Block b = W::block(columns, index);
             const Panel<Operand> panel{panels + (index - group) * room, b.vectors * S::lanes};
             D::for_each_stretch(p, recurrent, row, slice_end, [&](int64_t first, int64_t last, int64_t column) {
               const Left<Operand> left = transposed(p, plan, dgates, k, column);

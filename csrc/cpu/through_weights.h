@@ -38,8 +38,10 @@ struct ThroughWeights {
     return {p.weight_ih, Cell::gates * p.hidden, p.inputs, kPackedInput, plan.input, false, used, false};
   }
 
-  // Calls fn with a value of the type of W_hh's packed elements. (W_ih's is that of the left operands.)
+  // Whether W_hh's packed elements are as narrow as in memory: where the processor multiplies such, and where few rows
+  // wait for them to arrive.
   static bool narrow(const Backward& p) { return narrow_products || (!kSame<T, E> && p.batch < 8); }
+  // Calls fn with a value of their type. (W_ih's is that of the left operands.)
   template <class Fn>
   static void with_hidden_type(const Backward& p, const Fn& fn) {
     if (narrow(p)) {
