@@ -36,7 +36,11 @@ std::vector<const InstructionSet*> instruction_sets() {
   if (__builtin_cpu_supports("avx512f")) all.push_back(&kAvx512);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(&kAvx2);
 #endif
+#if defined(__aarch64__)
+  all.push_back(&kNeon);
+#else
   all.push_back(&kGeneric);
+#endif
   return all;
 }
 

@@ -8,7 +8,8 @@
 
 namespace pyrnnfast {
 
-// Those that this build has and this processor can run, the best first.
+// Those that this build has and this processor can run, the best first; the last one runs on every processor of the
+// build's kind.
 std::vector<const InstructionSet*> instruction_sets();
 
 // The best, or the one that the environment variable PYRNNFAST_ISA names; select_instruction_set changes it.

@@ -96,7 +96,11 @@ struct InstructionSet {
   int64_t product_panel_bytes;
 };
 
+#if defined(__aarch64__)
+extern const InstructionSet kNeon;
+#else
 extern const InstructionSet kGeneric;
+#endif
 #if defined(__x86_64__)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;

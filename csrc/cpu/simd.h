@@ -1,4 +1,5 @@
-// The vector of an instruction set: Bytes = 64 (AVX-512), 32 (AVX2) or 16 (whatever the baseline of the processor has).
+// The vector of an instruction set: Bytes = 64 (AVX-512), 32 (AVX2) or 16 (NEON, or whatever the baseline of another
+// processor has).
 // The compiler's own vector types carry + - * / and comparisons; here stands what they lack: loads of part of a vector,
 // fused multiply-add, minimum and maximum. -ffp-contract=off (CMakeLists.txt) keeps the compiler from fusing on its
 // own, which it might do differently in two instances of a template: then a row's bits would depend on its neighbours.
@@ -11,6 +12,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace pyrnnfast {
@@ -47,8 +50,12 @@ struct Simd {
 
   static constexpr int lanes = Bytes / static_cast<int>(sizeof(T));
   static constexpr bool is_double = sizeof(T) == 8;
-  // Vector registers: AVX-512 has 32, the others 16.
+  // Vector registers: AVX-512 and NEON have 32, the others 16.
+#if defined(__aarch64__)
+  static constexpr int registers = 32;
+#else
   static constexpr int registers = Bytes == 64 ? 32 : 16;
+#endif
 
   // Whether pair_product is there: products of bfloat16 by the processor itself, at twice the speed of float32.
 #if defined(__AVX512BF16__)
@@ -179,7 +186,10 @@ struct Simd {
       return;
     }
 #endif
-    for (int i = 0; i < n; ++i) p[i].bits = halves[i];
+#pragma GCC unroll 4
+    for (int i = 0; i < lanes - 1; ++i) {
+      if (i < n) p[i].bits = halves[i];
+    }
   }
 
   // The first n of the lanes, 0 < n < lanes; the others read as zero and are not touched in memory.
@@ -193,7 +203,11 @@ struct Simd {
     if constexpr (Bytes == 32 && !is_double) return _mm256_maskload_ps(p, reinterpret_cast<__m256i>(first(n)));
 #endif
     Value v{};
-    for (int i = 0; i < n; ++i) v[i] = p[i];
+    // Not up to n: the compiler would call memcpy.
+#pragma GCC unroll 4
+    for (int i = 0; i < lanes - 1; ++i) {
+      if (i < n) v[i] = p[i];
+    }
     return v;
   }
 
@@ -206,7 +220,10 @@ struct Simd {
     if constexpr (Bytes == 32 && is_double) return _mm256_maskstore_pd(p, reinterpret_cast<__m256i>(first(n)), v);
     if constexpr (Bytes == 32 && !is_double) return _mm256_maskstore_ps(p, reinterpret_cast<__m256i>(first(n)), v);
 #endif
-    for (int i = 0; i < n; ++i) p[i] = v[i];
+#pragma GCC unroll 4
+    for (int i = 0; i < lanes - 1; ++i) {
+      if (i < n) p[i] = v[i];
+    }
   }
 
   // a b + c, rounded once where the instruction set can.
@@ -219,6 +236,10 @@ struct Simd {
     if constexpr (Bytes == 32 && is_double) return _mm256_fmadd_pd(a, b, c);
     if constexpr (Bytes == 32 && !is_double) return _mm256_fmadd_ps(a, b, c);
 #endif
+#if defined(__aarch64__)
+    if constexpr (is_double) return vfmaq_f64(c, a, b);
+    if constexpr (!is_double) return vfmaq_f32(c, a, b);
+#endif
     return a * b + c;
   }
 
@@ -227,6 +248,8 @@ struct Simd {
   static Value in_register(Value v) {
 #if defined(__x86_64__)
     asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
 #endif
     return v;
   }
@@ -240,7 +263,7 @@ struct Simd {
   // Lane i of v[j] becomes lane j of v[i].
   static void transpose(Value (&v)[lanes]) { exchange<lanes / 2>(v); }
 
-  // NaN in v stays NaN (the x86 instructions return their second operand then).
+  // NaN in v stays NaN (the x86 instructions return their second operand then, those of NEON a NaN).
   static Value clamp(Value v, Value low, Value high) {
 #if defined(__AVX512F__)
     if constexpr (Bytes == 64 && is_double) return _mm512_min_pd(high, _mm512_max_pd(low, v));
@@ -249,6 +272,10 @@ struct Simd {
 #if defined(__AVX2__)
     if constexpr (Bytes == 32 && is_double) return _mm256_min_pd(high, _mm256_max_pd(low, v));
     if constexpr (Bytes == 32 && !is_double) return _mm256_min_ps(high, _mm256_max_ps(low, v));
+#endif
+#if defined(__aarch64__)
+    if constexpr (is_double) return vminq_f64(high, vmaxq_f64(low, v));
+    if constexpr (!is_double) return vminq_f32(high, vmaxq_f32(low, v));
 #endif
     v = low > v ? low : v;
     return high < v ? high : v;

@@ -52,6 +52,8 @@ std::atomic_flag team_taken = ATOMIC_FLAG_INIT;
 inline void pause_cpu() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");  // some ten nanoseconds; "yield" takes none on most processors
 #endif
 }
 
