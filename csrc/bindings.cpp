@@ -67,12 +67,21 @@ py::object forward_of_plain(const py::args& args, const py::kwargs& kwargs) {
 }
 
 py::tuple backward_of_plain(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"types", "form", "x", "batch_sizes", "weights",  "needs",
-                                                 "h0",    "c0",   "y", "kept",        "upstream", "threads"};
+  static const std::vector<const char*> names = {"types", "form", "x",    "batch_sizes", "weights", "needs",  "h0",
+                                                 "c0",    "y",    "kept", "upstream",    "dgates",  "threads"};
   const Arguments arguments("backward_plain", names, args, kwargs);
   return backward_plain(plain_call(arguments, names), tuple_of(arguments, names, 5), arguments[6], arguments[7],
                         arguments[8], tuple_of(arguments, names, 9), tuple_of(arguments, names, 10),
-                        check_threads(arguments.integer(11)));
+                        arguments[11].ptr() == Py_True, check_threads(arguments.integer(12)));
+}
+
+void weight_gradients(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"cell", "x", "states", "dgates", "dweights", "threads"};
+  const Arguments arguments("weight_gradients", names, args, kwargs);
+  const auto tensor = [&](size_t i) { return read_tensor(arguments[i], names[i]); };
+  run_without_gil(
+      check_weight_gradients(arguments.text(0), tensor(1), tensor(2), tensor(3), read_tensors(arguments[4], names[4])),
+      check_threads(arguments.integer(5)));
 }
 
 void check_batch_sizes_of(const py::args& args, const py::kwargs& kwargs) {
@@ -174,6 +183,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("backward", &backward);
   m.def("forward_plain", &forward_of_plain, "A plain stack of layers, or step; None for whatever is not so plain.");
   m.def("backward_plain", &backward_of_plain, "Back through the same.");
+  m.def("weight_gradients", &weight_gradients, "Those of rows whose dgates are there already.");
   m.def("check_batch_sizes", &check_batch_sizes_of,
         "Raises ValueError unless batch_sizes are those of packed data of so many rows.");
   m.def("agree", &agree, "Whether tensors are plain ones of these types and shapes, and of one dtype of the kernels'.");

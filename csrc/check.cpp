@@ -365,6 +365,46 @@ Checked<Backward> check_backward(const std::string& cell, const BackwardOperands
   });
 }
 
+Checked<Backward> check_weight_gradients(const std::string& cell, const Operand& x, const Operand& states,
+                                         const Operand& dgates, const std::vector<Operand>& dweights) {
+  const CellKind kind = check_cell(cell);
+  const Widths& w = widths_of(kind);
+  require_rows(x, "x");
+  require_rows(states, "states");
+  if (x.dimensions != 2) fail("x: expected two dimensions, got " + shape_text(x));
+  if (dweights.size() != 4) fail("dweights must be four, got " + std::to_string(dweights.size()));
+  Backward p;
+  p.cell = kind;
+  p.dtype = dtype_of(x, "x", kCpuRules);
+  p.dgates_given = true;
+  const int64_t N = x.shape[0];
+  if (N <= 0) fail("x has no rows");
+  p.inputs = x.shape[1];
+  p.hidden = states.shape[states.dimensions - 1];
+  require_size(p.hidden, "hidden size");
+  require_size(p.inputs, "number of input features");
+  const Door door(x.type, x, kCpuRules);
+  p.x = door.matrix(x, "x", N, p.inputs, Need::always);
+  p.h0 = door.matrix(states, "states", N, p.hidden, Need::always);
+  p.dgates = door.matrix(dgates, "dgates", N, w.dgates * p.hidden, Need::always);
+  p.dweight_ih = door.matrix(dweights[0], "dweight_ih", w.gates * p.hidden, p.inputs, Need::optional);
+  p.dweight_hh = door.matrix(dweights[1], "dweight_hh", w.gates * p.hidden, p.hidden, Need::optional);
+  p.dbias_ih = door.matrix(dweights[2], "dbias_ih", 1, w.gates * p.hidden, Need::optional);
+  p.dbias_hh = door.matrix(dweights[3], "dbias_hh", 1, w.gates * p.hidden, Need::optional);
+  // Cut into steps, for a chunk is made of whole ones.
+  constexpr int64_t rows_of_step = 64;
+  Checked<Backward> call{{0}, {}};
+  while (call.offsets.back() < N) {
+    const int64_t left = N - call.offsets.back();
+    call.offsets.push_back(call.offsets.back() + (left < rows_of_step ? left : rows_of_step));
+  }
+  p.steps = static_cast<int64_t>(call.offsets.size()) - 1;
+  p.batch = call.offsets[1];
+  p.offsets = call.offsets.data();
+  call.directions.push_back(p);
+  return call;
+}
+
 Product check_outer_products(const Operand& a, const Operand& b, const Operand& out) {
   const Operand* const operands[] = {&a, &b, &out};
   const char* const names[] = {"a", "b", "out"};

@@ -75,6 +75,10 @@ struct Checked {
 // All throw std::invalid_argument.
 Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& operands, const Rules& rules);
 Checked<Backward> check_backward(const std::string& cell, const BackwardOperands& operands, const Rules& rules);
+// The gradients of weights and biases, four, alone: of rows x [N, I], the states before them [N, H], and dgates
+// [N, P·H].
+Checked<Backward> check_weight_gradients(const std::string& cell, const Operand& x, const Operand& states,
+                                         const Operand& dgates, const std::vector<Operand>& dweights);
 CellKind check_cell(const std::string& name);
 // The first row of each step and, last, the number of rows, which must be `rows`.
 std::vector<int64_t> check_batch_sizes(const Operand& batch_sizes, int64_t rows);

@@ -175,13 +175,14 @@ py::object forward_plain(const PlainCall& call, int64_t inputs, int64_t hidden, 
 }
 
 py::tuple backward_plain(const PlainCall& call, const py::tuple& needs, py::handle h0, py::handle c0, py::handle y,
-                         const py::tuple& kept, const py::tuple& upstream, int threads) {
+                         const py::tuple& kept, const py::tuple& upstream, bool dgates, int threads) {
   Stack s;
   require(read_form(call.form, s.form), "the form");
+  require(!dgates || s.form.single_step, "dgates");
   const size_t of_y = s.form.single_step ? 0 : 1;
   require(needs.size() == 3 + call.weights.size(), "needs");
   require(upstream.size() == of_y + (s.has_cell() ? 2 : 1), "upstream");
-  py::tuple gradients(needs.size());
+  py::tuple gradients(needs.size() + (dgates ? 1 : 0));
   for (size_t i = 0; i < gradients.size(); ++i) gradients[i] = py::none();
   if (std::all_of(upstream.begin(), upstream.end(), [](py::handle g) { return g.is_none(); })) return gradients;
 
@@ -248,6 +249,13 @@ py::tuple backward_plain(const PlainCall& call, const py::tuple& needs, py::hand
     dweights[at] = read_tensor(gradient, "gradient");
     gradients[3 + i] = gradient;
   }
+  Operand of_gates;
+  if (dgates) {
+    const py::object block = new_matrix(call.x, N, s.form.widths->dgates * H);
+    of_gates = read_tensor(block, "dgates");
+    gradients[needs.size()] = block;
+    lowest = 0;
+  }
   // The gradients of outputs between layers: each layer reads one slot and writes another.
   const int64_t slots = std::min<int64_t>(s.form.layers - 1 - lowest, 2);
   const py::object between = slots > 0 ? new_matrix(call.x, slots * N, width) : py::none();
@@ -263,6 +271,7 @@ py::tuple backward_plain(const PlainCall& call, const py::tuple& needs, py::hand
     o.dh0 = states_of_layer(dh0, s.form, layer);
     o.dc0 = states_of_layer(dc0, s.form, layer);
     o.dweights = weights_of_layer(dweights, s.form, layer);
+    o.dgates = of_gates;
     calls.push_back(check_backward(s.form.cell, o, kCpuRules));
     upper = o.dx;
   }

@@ -33,9 +33,10 @@ pybind11::object forward_plain(const PlainCall& call, int64_t inputs, int64_t hi
 // have changed them.
 //
 // needs: of x, h0, c0 and each weight, whether its gradient is wanted. y: None of a step, where its values are of no
-// use. kept: of forward_plain. upstream: the gradients of its results.
+// use. kept: of forward_plain. upstream: the gradients of its results. dgates: whether, of a step, dgates [B, P·H] are
+// wanted, too (cells.h); they stand behind the others then.
 pybind11::tuple backward_plain(const PlainCall& call, const pybind11::tuple& needs, pybind11::handle h0,
                                pybind11::handle c0, pybind11::handle y, const pybind11::tuple& kept,
-                               const pybind11::tuple& upstream, int threads);
+                               const pybind11::tuple& upstream, bool dgates, int threads);
 
 }  // namespace pyrnnfast

@@ -63,6 +63,9 @@ struct Backward : Problem {
   Matrix dbias_ih, dbias_hh;      // [1, G·H], out
   Matrix dh0, dc0;                // [B, H], out
   Matrix dgates;                  // [N, P·H], out: the P gate gradients of each row (cells.h)
+  // dgates are there already, of rows that need not be steps of one another: h0 is [N, H], the state before each. Of
+  // the outputs there are only those of weights and biases, and x is all that is read besides.
+  bool dgates_given = false;
 };
 
 // The tile by itself: out [M, N] = a [M, K] b [K, N], or, for each of several samples, out [M, N] = aᵀ b with a [K, M].

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cpu, layers, obstacles
+from . import _cpu, layers, loops, obstacles
 from .autograd import beyond_kernels, differentiable_backward
 from .obstacles import PLAIN, Spec
 
@@ -74,7 +74,11 @@ def call(
         h0, c0 = hx if form[0] == "lstm" and hx is not None else (hx, None)
         x = layers.savable(x)  # it may be features of a frozen model
         sizes = None if batch_sizes is None else layers.savable(batch_sizes)
-        results = _apply(form, results, kept, x, sizes, h0, c0, *weights)
+        loop = loops.join(form[0], weights) if form[3] else None
+        if loop is None or loop.gate is None:
+            results = _apply(form, loop, results, kept, x, sizes, h0, c0, None, *weights)
+        else:
+            results = _apply(form, loop, results, kept, x, sizes, h0, c0, loop.gate)
         if form[0] == "lstm":
             results = (results[0], results[1:]) if len(results) == 3 else results
         elif form[3]:
@@ -88,27 +92,33 @@ def call(
 
 
 class _Plain(torch.autograd.Function):
-    """y, h_n[, c_n], or of a step h[, c], = plain(form, results, kept, x, batch_sizes, h0, c0, *weights)
+    """y, h_n[, c_n], or of a step h[, c], = plain(form, loop, results, kept, x, batch_sizes, h0, c0, gate, *weights)
 
-    ``_cpu.forward_plain`` has made the results; here is their derivative.
+    ``_cpu.forward_plain`` has made the results; here is their derivative. Of a step in a loop with a ``gate``, that one
+    stands for the weights.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         form: Form,
+        loop: loops.Loop | None,
         results: tuple[Tensor, ...],
         kept: tuple[Tensor, ...],
         x: Tensor,
         batch_sizes: Tensor | None,
         h0: Tensor | None,
         c0: Tensor | None,
+        gate: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.form, ctx.count = form, len(kept)
+        ctx.form, ctx.loop, ctx.count = form, loop, len(kept)
         ctx.set_materialize_grads(False)
         # Of a step, only the vanilla RNN's backward looks at h; who else changes theirs in place may.
         y = None if kept and form[3] else results[0]
+        if gate is not None:
+            assert loop is not None
+            weights = loop.weights
         ctx.save_for_backward(x, batch_sizes, h0, c0, y, *kept, *weights)
         return results
 
@@ -116,19 +126,26 @@ class _Plain(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, batch_sizes, h0, c0, y, *rest = ctx.saved_tensors
         kept, weights = tuple(rest[: ctx.count]), tuple(rest[ctx.count :])
-        needs = (ctx.needs_input_grad[3], *ctx.needs_input_grad[5:])
+        _, _, _, _, need_x, _, need_h0, need_c0, in_loop, *needs_weights = ctx.needs_input_grad
+        needs = (need_x, need_h0, need_c0, *(needs_weights or (False,) * len(weights)))
         found: Sequence[Tensor | None]
         if not beyond_kernels(grads):
             threads = torch.get_num_threads()
             found = _cpu.backward_plain(
-                PLAIN, ctx.form, x, batch_sizes, weights, needs, h0, c0, y, kept, grads, threads
+                PLAIN, ctx.form, x, batch_sizes, weights, needs, h0, c0, y, kept, grads, in_loop, threads
             )
+            if in_loop and found[-1] is not None:
+                ctx.loop.gradients().leave(x, h0, found[-1])
         elif all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         else:
             run = functools.partial(_by_reference, ctx.form, batch_sizes)
+            needs = (*needs[:3], *((True,) * len(weights) if in_loop else needs[3:]))
             found = differentiable_backward(run, needs, (x, h0, c0, *weights), grads)
-        return None, None, None, found[0], None, *found[1:]
+            if in_loop:
+                ctx.loop.gradients().add(found[3:])
+        of_weights = found[3 : 3 + len(needs_weights)]
+        return None, None, None, None, found[0], None, found[1], found[2], None, *of_weights
 
 
 # Function.apply first looks for functorch's transforms and wrappers, and for default arguments. Here are none

@@ -583,10 +583,12 @@ def test_junk_raises_on_the_road_back(single_step: bool) -> None:
         "y": None if single_step else y,
         "kept": kept,
         "upstream": (grad,) if single_step else (grad, None),
+        "dgates": single_step,
         "threads": 1,
     }
     found = _cpu.backward_plain(**good)
-    assert [None if g is None else g.shape for g in found] == [x.shape, h0.shape, None, *(w.shape for w in GRU)]
+    shapes = [x.shape, h0.shape, None, *(w.shape for w in GRU), *((torch.Size((2, 12)),) if single_step else ())]
+    assert [None if g is None else g.shape for g in found] == shapes
     one_too_many = (*good["upstream"], grad)
     wrong: dict[str, list[Any]] = {
         "form": [*JUNK_FORMS, ("lstm", 1, 1, single_step, False), ("rnn_tanh", 1, 1, single_step, False)],
@@ -602,6 +604,8 @@ def test_junk_raises_on_the_road_back(single_step: bool) -> None:
     }
     if single_step:
         wrong["batch_sizes"] = []  # which a step does not look at
+    else:
+        wrong["dgates"] = [True]
     for name, values in wrong.items():
         for junk in values:
             with pytest.raises((ValueError, TypeError)):
@@ -677,9 +681,9 @@ def test_a_layer_without_its_output_raises() -> None:
     x, y = torch.ones(1, 2, 4), torch.ones(1, 2, 3)
     call = (TYPES, ("gru", 1, 1, False, False), x, None, GRU, (False, False, False, *(True,) * 4), None, None)
     kept = (torch.ones(2, 12),)
-    assert _cpu.backward_plain(*call, y, kept, (y, None), 1)[4] is not None
+    assert _cpu.backward_plain(*call, y, kept, (y, None), False, 1)[4] is not None
     with pytest.raises(ValueError, match="y is missing"):
-        _cpu.backward_plain(*call, None, kept, (y, None), 1)
+        _cpu.backward_plain(*call, None, kept, (y, None), False, 1)
 
 
 class Subclass(Tensor):

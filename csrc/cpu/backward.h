@@ -35,7 +35,7 @@ struct BackwardPass {
     bytes[kPackedInput] = narrow_size * W::packed_elements(W::input(p, plan));
     bytes[kRows] = size * plan.threads * W::own_rows(p, plan);
     bytes[kBias] = size * Cell::dgates * p.hidden;
-    if (Cell::has_carry) bytes[kCell] = size * p.batch * padded<S>(p.hidden);
+    if (Cell::has_carry && !p.dgates_given) bytes[kCell] = size * p.batch * padded<S>(p.hidden);
     bytes[kGates0] = bytes[kGates1] = narrow_size * plan.chunk_rows * D::stride(p);
     if (narrow_products) bytes[kPairs] = narrow_size * packed_depth(plan.chunk_rows) * D::stride(p);
     bytes[kPanels] = narrow_size * plan.threads * W::kOwnPanels;
@@ -49,6 +49,7 @@ struct BackwardPass {
     W::with_hidden_type(p,
                         [&](auto type) { W::template pack_before<decltype(type)>(plan, W::hidden(p, plan), share); });
     W::template pack_before<Operand>(plan, W::input(p, plan), share);
+    if (p.dgates_given) return;
     if constexpr (Cell::has_carry) {
       // The LSTM carries ∂L/∂c, and starts with that of c_n. The GRU's ∂L/∂h_n comes in place of the product.
       const int64_t units = padded<S>(p.hidden);
@@ -61,6 +62,7 @@ struct BackwardPass {
   }
 
   static void sweep(const Backward& p, const Plan& plan, const Chunk& chunk, const Chunk& before, const Share& share) {
+    if (p.dgates_given) return take_given(p, plan, chunk, share);
     const int tallest = Products<S, T, T>::rows(p.batch);
     const int64_t count = chunk.last - chunk.first;
     const int64_t own_blocks = share.block_end - share.block_begin;
@@ -141,6 +143,18 @@ struct BackwardPass {
   }
 
  private:
+  // In place of a sweep.
+  static void take_given(const Backward& p, const Plan& plan, const Chunk& chunk, const Share& share) {
+    if (share.member > 0) return;
+    for (int64_t t = chunk.first; t < chunk.last; ++t) {
+      Operand* const to = D::at_step(p, plan, chunk, t);
+      const int64_t active = active_rows(p, t), end = active < share.row_end ? active : share.row_end;
+      for (int64_t row = share.row_begin; row < end; ++row) {
+        copy_row<S>(at<const E>(p.dgates, p.offsets[t] + row, 0), Cell::dgates * p.hidden, to + row * D::stride(p));
+      }
+    }
+  }
+
   // What a step will read of memory that nobody has touched for long.
   struct Stretch {
     const char* data = nullptr;

@@ -26,6 +26,7 @@ struct Gradients {
 
   // h of the step before in time's order of the layer, null for zeros.
   static const E* previous_h(const Backward& p, int64_t t, int64_t row) {
+    if (p.dgates_given) return at<const E>(p.h0, p.offsets[t] + row, 0);
     const int64_t t_prev = p.reverse ? t + 1 : t - 1;
     return row < active_rows(p, t_prev) ? at<const E>(p.y, p.offsets[t_prev] + row, 0) : row_or_null<E>(p.h0, row);
   }
@@ -40,7 +41,7 @@ struct Gradients {
       W::template product<Operand>(p, plan, weight, dgates, rows, W::part_of(weight, rows, share), dx, p.add_to_dx,
                                    rank, [](int64_t, const Block&, T*) {});
     }
-    if (p.dgates.data != nullptr) {
+    if (p.dgates.data != nullptr && !p.dgates_given) {
       for (int64_t row = share_of(rows, rank, size); row < share_of(rows, rank + 1, size); ++row) {
         narrow_row<S>(dgates + row * D::stride(p), Cell::dgates * p.hidden,
                       at<E>(p.dgates, p.offsets[chunk.first] + row, 0), false);

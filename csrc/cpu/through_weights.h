@@ -30,7 +30,7 @@ struct ThroughWeights {
     bool each_step;  // each step reads it
   };
   static Weight hidden(const Backward& p, const Plan& plan) {
-    const bool each_step = p.steps > 1, used = each_step || p.dh0.data != nullptr;
+    const bool each_step = p.steps > 1 && !p.dgates_given, used = each_step || p.dh0.data != nullptr;
     return {p.weight_hh, Cell::gates * p.hidden, p.hidden, kPackedHidden, plan.hidden, true, used, each_step};
   }
   static Weight input(const Backward& p, const Plan& plan) {
