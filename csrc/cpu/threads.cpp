@@ -19,17 +19,21 @@ struct OpenMp {
 };
 
 template <class Fn>
-void look_up(Fn*& fn, const char* name) {
-  fn = reinterpret_cast<Fn*>(dlsym(RTLD_DEFAULT, name));
+void look_up(void* where, Fn*& fn, const char* name) {
+  fn = reinterpret_cast<Fn*>(dlsym(where, name));
 }
 
 const OpenMp* open_mp() {
   static const OpenMp found = [] {
+    // Where torch's own library finds them: for everybody they are only in some of its builds (not on ARM), and there
+    // may be more than one OpenMP in a process.
+    void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* const where = torch != nullptr ? torch : RTLD_DEFAULT;
     OpenMp omp{};
-    look_up(omp.parallel, "GOMP_parallel");
-    look_up(omp.thread_num, "omp_get_thread_num");
-    look_up(omp.num_threads, "omp_get_num_threads");
-    look_up(omp.in_parallel, "omp_in_parallel");
+    look_up(where, omp.parallel, "GOMP_parallel");
+    look_up(where, omp.thread_num, "omp_get_thread_num");
+    look_up(where, omp.num_threads, "omp_get_num_threads");
+    look_up(where, omp.in_parallel, "omp_in_parallel");
     return omp;
   }();
   return found.parallel && found.thread_num && found.num_threads && found.in_parallel ? &found : nullptr;
