@@ -8,19 +8,27 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import passes
-from .obstacles import Spec
+from .obstacles import PLAIN, Spec
 
-# As many weights (H = I = 128 of an LSTM) float32 kernels multiply with in less time than torch takes for its operators
-# in bfloat16, one by one: measured, see docs/performance.md.
+# A cell's step with so many weights (an LSTM of H = I = 128), or of so few rows, float32 kernels do in less time than
+# torch's operators in bfloat16: measured, see docs/performance.md.
 _FEW_WEIGHTS = 1 << 17
+_FEW_ROWS = 8
 
 
 def obstacle(device: str, spec: Spec, input: Any, hx: Any) -> str | None:
     """Why a call under autocast is torch's: the kernels have one dtype for the products and for the state."""
     if not _keeps_state(device, spec, input, hx):
         return None
-    weights = passes.CELLS[spec.cell].gates * spec.hidden_size * (spec.input_size + spec.hidden_size)
-    return "autocast narrows a cell's products, not its state: no kernel does" if weights > _FEW_WEIGHTS else None
+    # A graph is for any number of rows: to ask would settle it.
+    rows = _FEW_ROWS + 1 if torch.compiler.is_compiling() else 1 if input.dim() == 1 else len(input)
+    if _suits_float32(spec.cell, rows, spec.input_size, spec.hidden_size):
+        return None
+    return "autocast narrows a cell's products, not its state: no kernel does"
+
+
+def _suits_float32(cell: str, rows: int, inputs: int, hidden: int) -> bool:
+    return rows <= _FEW_ROWS or passes.CELLS[cell].gates * hidden * (inputs + hidden) <= _FEW_WEIGHTS
 
 
 def _keeps_state(device: str, spec: Spec, input: Any, hx: Any) -> bool:
@@ -32,6 +40,31 @@ def _keeps_state(device: str, spec: Spec, input: Any, hx: Any) -> bool:
     if device == "cuda" or not spec.single_step or spec.cell not in ("gru", "lstm"):
         return False
     return torch.get_autocast_dtype(device) is torch.bfloat16 and _state_dtype(input, hx) is torch.float32
+
+
+def plain_step(cell: str, input: Any, hx: Any, weights: Sequence[Any]) -> tuple[Tensor, Any, torch.dtype | None] | None:
+    """A cell's step on the CPU in float32, where that is what it takes or the fastest: its input and states, and the
+    dtype of the result, if it is another. None: it is not, or something is not as it should be.
+
+    The weights stay as they are: what is narrowed anew at each step, as autocast's own memory is closed to us, takes
+    longer than many a step.
+    """
+    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not (weights and type(weights[0]) in PLAIN):
+        return None
+    shape = weights[0].shape
+    if weights[0].dtype is not torch.float32 or len(shape) != 2 or input.dim() != 2:
+        return None
+    if not _suits_float32(cell, len(input), shape[1], shape[0] // passes.CELLS[cell].gates):
+        return None
+    states = hx if isinstance(hx, tuple) else (hx,)
+    operands = (input, *states)
+    if not all(t is None or (isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16)) for t in operands):
+        return None
+    narrow = cell in ("rnn_tanh", "rnn_relu")
+    if not narrow and _state_dtype(input, hx) is not torch.float32:
+        return None
+    x, *wide = (t if t is None or t.dtype is torch.float32 else t.float() for t in operands)
+    return x, tuple(wide) if isinstance(hx, tuple) else wide[0], torch.bfloat16 if narrow else None
 
 
 def narrowed(device: str, spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:

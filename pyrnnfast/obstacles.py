@@ -76,15 +76,14 @@ def _is_exporting() -> bool:
 
 
 def is_busy() -> bool:
-    """Whether torch's state asks for more than plain calls on plain CPU tensors: another :func:`form`, a
-    :func:`recording_obstacle` or autocast. In half the time, of which a single step has little."""
+    """Whether torch's state asks for more than plain calls on plain CPU tensors: another :func:`form`, or a
+    :func:`recording_obstacle`. In half the time, of which a single step has little."""
     return (
         torch.compiler.is_compiling()  # first: Dynamo, which knows the answer, then traces nothing of the rest
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or torch.is_autocast_enabled("cpu")
         or (_EXPORTER in sys.modules and _is_exporting())  # mostly without a call
     )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cpu, layers, loops, obstacles
+from . import _cpu, amp, layers, loops, obstacles
 from .autograd import beyond_kernels, differentiable_backward
 from .obstacles import PLAIN, Spec
 
@@ -41,6 +41,12 @@ def call(
     """
     if obstacles.is_busy():
         return None
+    rounded_to = None
+    if torch.is_autocast_enabled("cpu"):
+        widened = amp.plain_step(form[0], input, hx, weights) if form[3] else None
+        if widened is None:
+            return None
+        input, hx, rounded_to = widened
     batch_sizes = order = None
     x: Any = input
     if isinstance(input, PackedSequence):
@@ -84,7 +90,7 @@ def call(
         elif form[3]:
             results = results[0]
     if batch_sizes is None:
-        return results
+        return results if rounded_to is None else results.to(rounded_to)
     y, states = results
     if order is not None and order.shape != (states[0] if form[0] == "lstm" else states).shape[1:2]:
         return None

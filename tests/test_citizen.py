@@ -393,12 +393,49 @@ def test_a_cells_state_is_not_narrowed_by_autocast(hidden: int) -> None:
 
 
 def test_cells_under_autocast_take_the_faster_road() -> None:
-    x = torch.ones(2, 128)
+    x = torch.ones(32, 128)
     with torch.autocast("cpu", torch.bfloat16):
         small, large = (pyrnnfast.explain(pyrnnfast.LSTMCell(128, size), x) for size in (128, 256))
+        few = pyrnnfast.explain(pyrnnfast.LSTMCell(128, 256), x[:8])
         narrow = pyrnnfast.explain(pyrnnfast.LSTMCell(128, 256), x.bfloat16())
-    assert (small.path, narrow.path) == ("fused", "fused")
+    assert (small.path, few.path, narrow.path) == ("fused",) * 3
     assert large.path == "torch" and "state" in large.reason
+
+
+@pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("given", ["float32", "bfloat16", "state float32", "state bfloat16"])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_loops_of_cells_under_autocast(cell: str, given: str, rows: int) -> None:
+    """Dtypes as torch has them, values and gradients as good as float32 where that is what they are computed in."""
+    stock = getattr(torch.nn, cell)(5, 7)
+    ours = pyrnnfast.replace(copy.deepcopy(stock))
+    kinds, grads = [], []
+    for module, autocast in ((ours, True), (stock, True), (stock, False)):
+        module.zero_grad()
+        dtype = torch.bfloat16 if given == "bfloat16" else torch.float32
+        x = torch.arange(4.0 * rows * 5).sin().view(4, rows, 5).to(dtype).requires_grad_()
+        state: Any = None
+        if given.startswith("state"):
+            h = torch.arange(7.0 * rows).cos().view(rows, 7).to(getattr(torch, given.split()[1]))
+            state = (h, h) if cell == "LSTMCell" else h
+        outputs = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for step in x:
+                if not autocast:
+                    step, state = step.float(), _widened(state)
+                state = module(step, state)
+                outputs += list(state) if cell == "LSTMCell" else [state]
+        kinds.append([t.dtype for t in outputs])
+        torch.cat(outputs).float().square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in module.parameters())])
+    assert kinds[0] == kinds[1]
+    assert [g.dtype for g in grads[0]] == [g.dtype for g in grads[1]]
+    for found, exact in zip(grads[0], grads[2], strict=True):
+        torch.testing.assert_close(found.float(), exact.float(), rtol=0, atol=0.05 * exact.abs().max().item())
+
+
+def _widened(state: Any) -> Any:
+    return tuple(t.float() for t in state) if isinstance(state, tuple) else None if state is None else state.float()
 
 
 @few
