@@ -36,9 +36,9 @@ class Gradients:
 
     def leave(self, x: Tensor, h0: Tensor | None, dgates: Tensor) -> None:
         """Takes what the gradients of a step are made of; no ``h0``: zeros."""
-        if h0 is None:
-            h0 = x.new_zeros(len(x), self._weights[1].shape[1])
-        self._waiting.append((x, h0, dgates))
+        # Copies: once the step is gone through, what it has saved may be overwritten, or its memory taken away.
+        states = x.new_zeros(len(x), self._weights[1].shape[1]) if h0 is None else h0.clone()
+        self._waiting.append((x.clone(), states, dgates))
         self._count += len(x)
         if self._count >= _MOST_ROWS:
             self._multiply()
@@ -66,7 +66,7 @@ class Gradients:
 class Loop:
     """The calls of a cell in a graph, whose nodes keep it alive."""
 
-    __slots__ = ("__weakref__", "_apart", "_cell", "_of_pass", "gate", "weights")
+    __slots__ = ("__weakref__", "_apart", "_cell", "_memory", "_of_pass", "_places", "gate", "nothing", "weights")
 
     def __init__(self, cell: str, weights: tuple[Tensor, ...]) -> None:
         self.weights = weights
@@ -74,9 +74,14 @@ class Loop:
         self.gate: Tensor | None = None
         """What steps have as an input instead of the weights: a tensor without elements, the result of the loop's node;
         None: there is no node, and they are by themselves."""
+        self.nothing: Tensor | None = None
+        """The gradient of the gate: some who go through a graph want one."""
+        self._memory: list[Tensor] = []  # the weights' when the loop began, and its addresses
+        self._places: list[int] = []
         self._cell = cell
         self._apart = _ELEMENTS_OF_NODE // (weights[0].numel() + weights[1].numel())  # so many more steps are
-        self._of_pass: dict[int, Gradients] = {}  # by the number of the backward pass
+        # By the number of the backward pass. What a failed one has left goes with the loop.
+        self._of_pass: dict[int, Gradients] = {}
 
     def goes_on(self) -> bool:
         """Whether one more step may take part."""
@@ -84,14 +89,18 @@ class Loop:
             self._apart -= 1
             return True
         for weight in self.weights:
-            if not weight.requires_grad:
+            # What those are made of that are no leaves may change while they are the same objects.
+            if not (weight.requires_grad and weight.is_leaf):
                 return False
-        if self.gate is not None:
-            return self.gate.dtype is self.weights[0].dtype
-        # What other weights are made of may change while they are the same objects.
-        if all(weight.is_leaf for weight in self.weights):
+        if self.gate is None:
             self.gate = _apply(self._of_pass, *self.weights)
-        return True
+            self.nothing = self.gate.new_empty(0)
+            self._memory = [weight.detach() for weight in self.weights]
+            self._places = [weight.data_ptr() for weight in self.weights]
+            return True
+        # Other memory, by way of .data, may mean another node that accumulates the weight's gradient. It is elsewhere
+        # for certain, as the old one is kept.
+        return [weight.data_ptr() for weight in self.weights] == self._places
 
     def gradients(self) -> Gradients:
         """Those that the steps make together in the backward pass that is going on."""

@@ -151,7 +151,8 @@ class _Plain(torch.autograd.Function):
             if in_loop:
                 ctx.loop.gradients().add(found[3:])
         of_weights = found[3 : 3 + len(needs_weights)]
-        return None, None, None, None, found[0], None, found[1], found[2], None, *of_weights
+        of_gate = ctx.loop.nothing if in_loop else None
+        return None, None, None, None, found[0], None, found[1], found[2], of_gate, *of_weights
 
 
 # Function.apply first looks for functorch's transforms and wrappers, and for default arguments. Here are none

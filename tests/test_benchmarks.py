@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 import pyrnnfast
 from benchmarks import __main__ as benchmark
-from benchmarks import anywhere, files, memory, plot, record, rows, table, targets
+from benchmarks import anywhere, files, loops, memory, plot, record, rows, table, targets
 from benchmarks.limits import limit
 from benchmarks.machine import Machine
 from benchmarks.rows import Row
@@ -401,3 +402,14 @@ def test_a_random_call_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(anywhere, "sides", wrong)
     with pytest.raises(SystemExit, match=r"ours and torch differ by .*; nothing timed"):
         anywhere.measure(next(anywhere.draw(3, 2)), Watch(1), 0)
+
+
+def test_loops(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(loops, "SIZES", ((2, 8),))
+    monkeypatch.setattr(sys, "argv", ["loops", "--steps", "3", "--seconds", "0", "--threads", "1", "--out", "few"])
+    loops.main()
+    rows = record.load("few")["rows"]
+    assert len(rows) == 3 * 2 * 2 == len(capsys.readouterr().out.splitlines()) - 1
+    assert all(r["ours_ms"] > 0 and r["torch_ms"] > 0 and r["path"] == "fused" for r in rows)
+    with pytest.raises(SystemExit, match="differs"):
+        loops.check([torch.ones(2)], [torch.zeros(2)], "float32", "this")

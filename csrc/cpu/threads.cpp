@@ -19,24 +19,26 @@ struct OpenMp {
 };
 
 template <class Fn>
-void look_up(void* where, Fn*& fn, const char* name) {
+bool look_up(void* where, Fn*& fn, const char* name) {
   fn = reinterpret_cast<Fn*>(dlsym(where, name));
+  return fn != nullptr;
+}
+
+// All of it in one place.
+bool find(void* where, OpenMp& omp) {
+  return look_up(where, omp.parallel, "GOMP_parallel") && look_up(where, omp.thread_num, "omp_get_thread_num") &&
+         look_up(where, omp.num_threads, "omp_get_num_threads") && look_up(where, omp.in_parallel, "omp_in_parallel");
 }
 
 const OpenMp* open_mp() {
-  static const OpenMp found = [] {
-    // Where torch's own library finds them: for everybody they are only in some of its builds (not on ARM), and there
-    // may be more than one OpenMP in a process.
+  static OpenMp omp{};
+  static const bool found = [] {
+    // Where torch's own library finds it: for everybody it is there only in some builds of torch (not on ARM), and a
+    // process may have more than one.
     void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-    void* const where = torch != nullptr ? torch : RTLD_DEFAULT;
-    OpenMp omp{};
-    look_up(where, omp.parallel, "GOMP_parallel");
-    look_up(where, omp.thread_num, "omp_get_thread_num");
-    look_up(where, omp.num_threads, "omp_get_num_threads");
-    look_up(where, omp.in_parallel, "omp_in_parallel");
-    return omp;
+    return (torch != nullptr && find(torch, omp)) || find(RTLD_DEFAULT, omp);
   }();
-  return found.parallel && found.thread_num && found.num_threads && found.in_parallel ? &found : nullptr;
+  return found ? &omp : nullptr;
 }
 
 struct Call {
