@@ -10,9 +10,9 @@ from torch.nn.utils.rnn import PackedSequence
 from . import passes
 from .obstacles import PLAIN, Spec
 
-# A cell's step with so many weights (an LSTM of H = I = 128), or of so few rows, float32 kernels do in less time than
+# A cell's step with so many weights (an LSTM of H = I = 256), or of so few rows, float32 kernels do in less time than
 # torch's operators in bfloat16: measured, see docs/performance.md.
-_FEW_WEIGHTS = 1 << 17
+_FEW_WEIGHTS = 1 << 19
 _FEW_ROWS = 8
 
 

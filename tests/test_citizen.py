@@ -395,9 +395,9 @@ def test_a_cells_state_is_not_narrowed_by_autocast(hidden: int) -> None:
 def test_cells_under_autocast_take_the_faster_road() -> None:
     x = torch.ones(32, 128)
     with torch.autocast("cpu", torch.bfloat16):
-        small, large = (pyrnnfast.explain(pyrnnfast.LSTMCell(128, size), x) for size in (128, 256))
-        few = pyrnnfast.explain(pyrnnfast.LSTMCell(128, 256), x[:8])
-        narrow = pyrnnfast.explain(pyrnnfast.LSTMCell(128, 256), x.bfloat16())
+        small, large = (pyrnnfast.explain(pyrnnfast.LSTMCell(128, size), x) for size in (256, 512))
+        few = pyrnnfast.explain(pyrnnfast.LSTMCell(128, 512), x[:8])
+        narrow = pyrnnfast.explain(pyrnnfast.LSTMCell(128, 512), x.bfloat16())
     assert (small.path, few.path, narrow.path) == ("fused",) * 3
     assert large.path == "torch" and "state" in large.reason
 
