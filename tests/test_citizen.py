@@ -406,7 +406,8 @@ def test_cells_under_autocast_take_the_faster_road() -> None:
 @pytest.mark.parametrize("given", ["float32", "bfloat16", "state float32", "state bfloat16"])
 @pytest.mark.parametrize("rows", [1, 9])
 def test_loops_of_cells_under_autocast(cell: str, given: str, rows: int) -> None:
-    """Dtypes as torch has them, values and gradients as good as float32 where that is what they are computed in."""
+    """Dtypes as torch has them; gradients as good as float32 where LSTM and GRU keep a float32 state, else as 8 bits
+    allow."""
     stock = getattr(torch.nn, cell)(5, 7)
     ours = pyrnnfast.replace(copy.deepcopy(stock))
     kinds, grads = [], []
@@ -431,7 +432,8 @@ def test_loops_of_cells_under_autocast(cell: str, given: str, rows: int) -> None
     assert kinds[0] == kinds[1]
     assert [g.dtype for g in grads[0]] == [g.dtype for g in grads[1]]
     for found, exact in zip(grads[0], grads[2], strict=True):
-        torch.testing.assert_close(found.float(), exact.float(), rtol=0, atol=0.05 * exact.abs().max().item())
+        tolerance = 1e-5 if cell != "RNNCell" and given.endswith("float32") else 0.05
+        torch.testing.assert_close(found.float(), exact.float(), rtol=0, atol=tolerance * exact.abs().max().item())
 
 
 def _widened(state: Any) -> Any:
