@@ -210,6 +210,15 @@ void add_mask(Problem& p, const LayerOperands& o, const Rules& rules) {
   }
 }
 
+// Of one direction, four.
+void add_weight_gradients(Backward& p, const Operand* dweights, const Door& door) {
+  const int64_t rows = widths_of(p.cell).gates * p.hidden;
+  p.dweight_ih = door.matrix(dweights[0], "dweight_ih", rows, p.inputs, Need::optional);
+  p.dweight_hh = door.matrix(dweights[1], "dweight_hh", rows, p.hidden, Need::optional);
+  p.dbias_ih = door.matrix(dweights[2], "dbias_ih", 1, rows, Need::optional);
+  p.dbias_hh = door.matrix(dweights[3], "dbias_hh", 1, rows, Need::optional);
+}
+
 // What the passes have in common. Calls fill(problem, d, door) for the rest of each direction.
 template <class P, class Fill>
 Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Rules& rules, bool backward,
@@ -353,11 +362,7 @@ Checked<Backward> check_backward(const std::string& cell, const BackwardOperands
     p.grad_cells = cells_door.columns_from(cells_door.matrix(o.grad_cells, "grad_cells", N, D * H, of_cells), d * H);
     p.dx = door.matrix(o.dx, "dx", N, I, Need::optional);
     p.add_to_dx = d > 0;
-    const auto gradient = [&](int i) -> const Operand& { return o.dweights[static_cast<size_t>(4 * d + i)]; };
-    p.dweight_ih = door.matrix(gradient(0), "dweight_ih", w.gates * H, I, Need::optional);
-    p.dweight_hh = door.matrix(gradient(1), "dweight_hh", w.gates * H, H, Need::optional);
-    p.dbias_ih = door.matrix(gradient(2), "dbias_ih", 1, w.gates * H, Need::optional);
-    p.dbias_hh = door.matrix(gradient(3), "dbias_hh", 1, w.gates * H, Need::optional);
+    add_weight_gradients(p, &o.dweights[static_cast<size_t>(4 * d)], door);
     p.dgates =
         door.columns_from(door.matrix(o.dgates, "dgates", N, D * w.dgates * H, Need::optional), d * w.dgates * H);
     p.dh0 = door.of_direction(o.dh0, "dh0", d, D, B, H, Need::optional);
@@ -387,10 +392,7 @@ Checked<Backward> check_weight_gradients(const std::string& cell, const Operand&
   p.x = door.matrix(x, "x", N, p.inputs, Need::always);
   p.h0 = door.matrix(states, "states", N, p.hidden, Need::always);
   p.dgates = door.matrix(dgates, "dgates", N, w.dgates * p.hidden, Need::always);
-  p.dweight_ih = door.matrix(dweights[0], "dweight_ih", w.gates * p.hidden, p.inputs, Need::optional);
-  p.dweight_hh = door.matrix(dweights[1], "dweight_hh", w.gates * p.hidden, p.hidden, Need::optional);
-  p.dbias_ih = door.matrix(dweights[2], "dbias_ih", 1, w.gates * p.hidden, Need::optional);
-  p.dbias_hh = door.matrix(dweights[3], "dbias_hh", 1, w.gates * p.hidden, Need::optional);
+  add_weight_gradients(p, dweights.data(), door);
   // Cut into steps, for a chunk is made of whole ones.
   constexpr int64_t rows_of_step = 64;
   Checked<Backward> call{{0}, {}};
