@@ -1,7 +1,7 @@
 """Automatic mixed precision: operands in the dtype of autocast, results in the dtypes that torch.nn's have there."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,25 +10,35 @@ from torch.nn.utils.rnn import PackedSequence
 from . import passes
 from .obstacles import PLAIN, Spec
 
-# A cell's step with so many weights (an LSTM of H = I = 256), or of so few rows, float32 kernels do in less time than
-# torch's operators in bfloat16: measured, see docs/performance.md.
-_FEW_WEIGHTS = 1 << 19
+# A cell's step with so many weights (an LSTM of H = I = 256, an RNN of H = I = 362), or of so few rows, float32 kernels
+# do in less time than torch's operators in bfloat16: measured, see docs/performance.md.
+_FEW_WEIGHTS = {"lstm": 1 << 19, "gru": 1 << 19, "rnn_tanh": 1 << 18, "rnn_relu": 1 << 18}
 _FEW_ROWS = 8
+# Where oneDNN has no products in bfloat16, on x86 without AVX-512, torch's take ten times as long.
+_TORCH_IS_FAST = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def obstacle(device: str, spec: Spec, input: Any, hx: Any) -> str | None:
-    """Why a call under autocast is torch's: the kernels have one dtype for the products and for the state."""
-    if not _keeps_state(device, spec, input, hx):
+def obstacle(device: str, spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) -> str | None:
+    """Why a call under autocast is torch's: a cell's step that is no faster on our kernels."""
+    if device == "cuda" or not spec.single_step or torch.get_autocast_dtype(device) is not torch.bfloat16:
+        return None
+    if weights[0].dtype is not torch.float32 or (
+        spec.cell in ("gru", "lstm") and _state_dtype(input, hx) is not torch.float32
+    ):
         return None
     # A graph is for any number of rows: to ask would settle it.
     rows = _FEW_ROWS + 1 if torch.compiler.is_compiling() else 1 if input.dim() == 1 else len(input)
     if _suits_float32(spec.cell, rows, spec.input_size, spec.hidden_size):
         return None
-    return "autocast narrows a cell's products, not its state: no kernel does"
+    return "torch's operators know the weights that autocast has narrowed before, and no kernel narrows products alone"
 
 
 def _suits_float32(cell: str, rows: int, inputs: int, hidden: int) -> bool:
-    return rows <= _FEW_ROWS or passes.CELLS[cell].gates * hidden * (inputs + hidden) <= _FEW_WEIGHTS
+    return (
+        not _TORCH_IS_FAST
+        or rows <= _FEW_ROWS
+        or passes.CELLS[cell].gates * hidden * (inputs + hidden) <= _FEW_WEIGHTS[cell]
+    )
 
 
 def _keeps_state(device: str, spec: Spec, input: Any, hx: Any) -> bool:
@@ -42,29 +52,41 @@ def _keeps_state(device: str, spec: Spec, input: Any, hx: Any) -> bool:
     return torch.get_autocast_dtype(device) is torch.bfloat16 and _state_dtype(input, hx) is torch.float32
 
 
-def plain_step(cell: str, input: Any, hx: Any, weights: Sequence[Any]) -> tuple[Tensor, Any, torch.dtype | None] | None:
-    """A cell's step on the CPU in float32, where that is what it takes or the fastest: its input and states, and the
-    dtype of the result, if it is another. None: it is not, or something is not as it should be.
+class PlainStep(NamedTuple):
+    """How a cell's step under autocast on the CPU is run: by torch, or on our kernels in float32 with ``input`` and
+    ``hx``, and a result that is rounded to a dtype."""
+
+    by_torch: bool
+    input: Tensor
+    hx: Any
+    rounded_to: torch.dtype | None
+
+
+def plain_step(cell: str, input: Any, hx: Any, weights: Sequence[Any]) -> PlainStep | None:
+    """Whichever takes it or is the fastest; None: neither, or something is not as it should be.
 
     The weights stay as they are: what is narrowed anew at each step, as autocast's own memory is closed to us, takes
     longer than many a step.
     """
-    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not (weights and type(weights[0]) in PLAIN):
+    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not weights:
+        return None
+    if not all(type(w) in PLAIN and w.is_cpu and w.dtype is torch.float32 for w in weights):
         return None
     shape = weights[0].shape
-    if weights[0].dtype is not torch.float32 or len(shape) != 2 or input.dim() != 2:
+    if len(shape) != 2 or input.dim() != 2:
+        return None
+    if cell == "lstm" and hx is not None and not (isinstance(hx, tuple) and len(hx) == 2):
+        return None
+    states: tuple[Any, ...] = () if hx is None else hx if cell == "lstm" else (hx,)
+    if not all(type(t) in PLAIN and t.is_cpu and t.dtype in (torch.float32, torch.bfloat16) for t in (input, *states)):
+        return None
+    rounded_to = torch.bfloat16 if cell in ("rnn_tanh", "rnn_relu") else None
+    if rounded_to is None and _state_dtype(input, hx) is not torch.float32:
         return None
     if not _suits_float32(cell, len(input), shape[1], shape[0] // passes.CELLS[cell].gates):
-        return None
-    states = hx if isinstance(hx, tuple) else (hx,)
-    operands = (input, *states)
-    if not all(t is None or (isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16)) for t in operands):
-        return None
-    narrow = cell in ("rnn_tanh", "rnn_relu")
-    if not narrow and _state_dtype(input, hx) is not torch.float32:
-        return None
-    x, *wide = (t if t is None or t.dtype is torch.float32 else t.float() for t in operands)
-    return x, tuple(wide) if isinstance(hx, tuple) else wide[0], torch.bfloat16 if narrow else None
+        return PlainStep(True, input, hx, None)
+    x, *wide = (t if t.dtype is torch.float32 else t.float() for t in (input, *states))
+    return PlainStep(False, x, None if hx is None else tuple(wide) if cell == "lstm" else wide[0], rounded_to)
 
 
 def narrowed(device: str, spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:

@@ -85,7 +85,7 @@ def _served(
     if not torch.is_autocast_enabled(device):
         return (input, hx, weights), obstacles.obstacle(spec, form, input, hx, weights)
     operands = amp.narrowed(device, spec, input, hx, weights)
-    return operands, obstacles.obstacle(spec, form, *operands) or amp.obstacle(device, spec, input, hx)
+    return operands, obstacles.obstacle(spec, form, *operands) or amp.obstacle(device, spec, input, hx, weights)
 
 
 def _readable(asked: str, input: Any) -> Any:
@@ -246,13 +246,14 @@ def _call(
     spec = Spec(cell, int(weights[0].shape[-1]), int(weights[1].shape[-1]), single_step=single_step, **options)
     if spec.cell_states and cell != "lstm":
         raise ValueError("cell_states is for the LSTM alone")
+    otherwise = _torch_call(spec, weights)
     suits = plain.suits(spec.num_layers, spec.dropout, spec.training, spec.proj_size, spec.cell_states)
     if suits and lengths is None and reset is None and type(input) in plain.INPUTS and len(weights) == spec.weights:
         form = cell, spec.num_layers, spec.directions, spec.single_step, spec.batch_first
-        found = plain.call(form, spec.input_size, spec.hidden_size, input, hx, weights)
+        found = plain.call(form, spec.input_size, spec.hidden_size, input, hx, weights, otherwise)
         if found is not None:
             return found
-    return call(spec, input, hx, weights, otherwise=_torch_call(spec, weights), extras=Extras(lengths, reset))
+    return call(spec, input, hx, weights, otherwise, Extras(lengths, reset))
 
 
 def _rnn_kind(nonlinearity: str) -> str:

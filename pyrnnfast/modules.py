@@ -142,7 +142,7 @@ class _Layers(_Ours, torch.nn.RNNBase):
             suits = plain.suits(self.num_layers, self.dropout, self.training, self.proj_size, self.cell_states)
             if suits and not extras:
                 form = self.mode.lower(), self.num_layers, 2 if self.bidirectional else 1, False, self.batch_first
-                found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights)
+                found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights, super().forward)
                 if found is not None:
                     return found
         elif isinstance(input, torch.fx.Proxy):
@@ -251,7 +251,7 @@ class _Cells(_Ours, torch.nn.RNNCellBase):
         weights = self._weights()
         if type(input) is Tensor:
             form = self._kind(), 1, 1, True, False
-            found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights)
+            found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights, super().forward)
             if found is not None:
                 return found
         elif isinstance(input, torch.fx.Proxy):

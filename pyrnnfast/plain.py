@@ -5,7 +5,7 @@ Whatever is not as plain as that goes by :func:`pyrnnfast.functional.call`, whic
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,13 @@ def suits(num_layers: int, dropout: float, training: bool, proj_size: int, cell_
 
 
 def call(
-    form: Form, input_size: int, hidden_size: int, input: Tensor | PackedSequence, hx: Any, weights: Sequence[Tensor]
+    form: Form,
+    input_size: int,
+    hidden_size: int,
+    input: Tensor | PackedSequence,
+    hx: Any,
+    weights: Sequence[Tensor],
+    otherwise: Callable[[Any, Any], Any],
 ) -> Any:
     """What torch.nn's module would return, or None where the call is not plain.
 
@@ -38,15 +44,18 @@ def call(
             step [B, I]
         hx: None, or [layers·D, B, H] (without B when unbatched; of a step [B, H]), or of the LSTM a pair of them
         weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction
+        otherwise: torch's own way to do it, given input and hx
     """
     if obstacles.is_busy():
         return None
     rounded_to = None
     if torch.is_autocast_enabled("cpu"):
-        widened = amp.plain_step(form[0], input, hx, weights) if form[3] else None
-        if widened is None:
+        step = amp.plain_step(form[0], input, hx, weights) if form[3] else None
+        if step is None:
             return None
-        input, hx, rounded_to = widened
+        if step.by_torch:
+            return otherwise(input, hx)
+        _, input, hx, rounded_to = step
     batch_sizes = order = None
     x: Any = input
     if isinstance(input, PackedSequence):

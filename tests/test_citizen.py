@@ -23,6 +23,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import pyrnnfast
+from pyrnnfast import amp
 
 NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
 # A layer and a cell of each kind, the cell with and without an initial state.
@@ -392,22 +393,67 @@ def test_a_cells_state_is_not_narrowed_by_autocast(hidden: int) -> None:
     torch.testing.assert_close(h, (1 - keeps**600).expand_as(h), rtol=0.01, atol=0)
 
 
-def test_cells_under_autocast_take_the_faster_road() -> None:
-    x = torch.ones(32, 128)
+@pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("torch_is_fast", [True, False])
+def test_cells_under_autocast_take_the_faster_road(
+    cell: str, torch_is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amp, "_TORCH_IS_FAST", torch_is_fast)
+    calls = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return forward(*args)
+
+    forward = getattr(torch.nn, cell).forward
+    monkeypatch.setattr(getattr(torch.nn, cell), "forward", counted)
+    ours, x = getattr(pyrnnfast, cell), torch.ones(32, 128)
     with torch.autocast("cpu", torch.bfloat16):
-        small, large = (pyrnnfast.explain(pyrnnfast.LSTMCell(128, size), x) for size in (256, 512))
-        few = pyrnnfast.explain(pyrnnfast.LSTMCell(128, 512), x[:8])
-        narrow = pyrnnfast.explain(pyrnnfast.LSTMCell(128, 512), x.bfloat16())
-    assert (small.path, few.path, narrow.path) == ("fused",) * 3
-    assert large.path == "torch" and "state" in large.reason
+        for module, given in ((ours(128, 128), x), (ours(128, 512), x[:8]), (ours(128, 512).bfloat16(), x.bfloat16())):
+            assert pyrnnfast.explain(module, given).path == "fused"
+            module(given)
+        assert calls == 0
+        large = ours(128, 512)
+        found = pyrnnfast.explain(large, x)
+        large(x)
+    assert calls == torch_is_fast
+    assert found.path == ("torch" if torch_is_fast else "fused")
+    assert not torch_is_fast or "autocast" in found.reason
+
+
+def test_errors_of_a_cell_that_autocast_leaves_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amp, "_TORCH_IS_FAST", True)
+    stock = torch.nn.LSTMCell(128, 512)
+    ours, x, h = pyrnnfast.replace(copy.deepcopy(stock)), torch.ones(32, 128), torch.ones(32, 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in ((x[:, 1:], None), (x, (h[1:], h[1:])), (x, (h, h[:, 1:])), (x.long(), None)):
+            messages = []
+            for module in (stock, ours):
+                with pytest.raises((RuntimeError, ValueError)) as caught:
+                    module(*given)
+                messages.append(str(caught.value))
+            assert messages[0] == messages[1]
+        with pytest.raises(TypeError, match="pair"):
+            ours(x, h)
+        ours.bias_hh = torch.nn.Parameter(ours.bias_hh.to("meta"))
+        with pytest.raises(RuntimeError, match="not at the same device"):
+            ours(x)
 
 
 @pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "RNNCell"])
 @pytest.mark.parametrize("given", ["float32", "bfloat16", "state float32", "state bfloat16"])
 @pytest.mark.parametrize("rows", [1, 9])
-def test_loops_of_cells_under_autocast(cell: str, given: str, rows: int) -> None:
+@pytest.mark.parametrize("form", ["fused", "by torch"])
+def test_loops_of_cells_under_autocast(
+    cell: str, given: str, rows: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dtypes as torch has them; gradients as good as float32 where LSTM and GRU keep a float32 state, else as 8 bits
     allow."""
+    if form == "by torch":
+        monkeypatch.setattr(amp, "_TORCH_IS_FAST", True)
+        monkeypatch.setattr(amp, "_FEW_ROWS", 0)
+        monkeypatch.setattr(amp, "_FEW_WEIGHTS", dict.fromkeys(amp._FEW_WEIGHTS, 0))
     stock = getattr(torch.nn, cell)(5, 7)
     ours = pyrnnfast.replace(copy.deepcopy(stock))
     kinds, grads = [], []
@@ -432,7 +478,8 @@ def test_loops_of_cells_under_autocast(cell: str, given: str, rows: int) -> None
     assert kinds[0] == kinds[1]
     assert [g.dtype for g in grads[0]] == [g.dtype for g in grads[1]]
     for found, exact in zip(grads[0], grads[2], strict=True):
-        tolerance = 1e-5 if cell != "RNNCell" and given.endswith("float32") else 0.05
+        wide = form == "fused" and cell != "RNNCell" and given.endswith("float32")
+        tolerance = 1e-5 if wide else 0.05
         torch.testing.assert_close(found.float(), exact.float(), rtol=0, atol=tolerance * exact.abs().max().item())
 
 
