@@ -68,6 +68,31 @@ def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
     return False
 
 
+def with_own_memory(t: Tensor | None) -> Tensor | None:
+    """The same values for a graph to save, as the views that torch's modules save are: who gives a leaf other memory,
+    by way of ``.data``, does not change what the graph has."""
+    if t is None or not t.is_leaf:
+        return t
+    return t.view_as(t) if t.requires_grad else t.detach()
+
+
+Weights = tuple[Tensor | None, ...]
+
+
+def saved_weights(weights: Sequence[Tensor | None]) -> tuple[Weights, Weights]:
+    """The same of weights, without a node of the graph for each: what to save, and the leaves to keep beside it."""
+    leaves = tuple(w if w is not None and w.is_leaf else None for w in weights)
+    return tuple(w if leaf is None else leaf.detach() for w, leaf in zip(weights, leaves, strict=True)), leaves
+
+
+def connected(saved: Sequence[Tensor | None], leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What was saved of weights, as functions of them."""
+    return [
+        t if leaf is None or t is None else leaf if leaf.data_ptr() == t.data_ptr() else leaf + (t - leaf).detach()
+        for t, leaf in zip(saved, leaves, strict=True)
+    ]
+
+
 class _Layer(torch.autograd.Function):
     """y, h_n[, c_n[, cells]] = layer(cell, cell_states, x, steps, h0, c0, *weights)"""
 
@@ -83,6 +108,7 @@ class _Layer(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.cell, ctx.count, ctx.cell_states = cell, len(weights), cell_states
+        saved, ctx.leaves = saved_weights(weights)
         ctx.set_materialize_grads(False)
         ctx.masked = isinstance(steps, Mask)
         of_steps = steps if isinstance(steps, Mask) else (steps, None)
@@ -91,11 +117,11 @@ class _Layer(torch.autograd.Function):
             kept = side_by_side(gates, cells, weights)
             y, h_n, c_n, _ = forward(cell, x, steps, h0, c0, weights, kept)
             # Whole, as they are results, and not by their columns: autograd then sees when somebody changes them.
-            ctx.save_for_backward(x, *of_steps, h0, c0, *weights, y, gates, cells)
+            ctx.save_for_backward(x, *of_steps, h0, c0, *saved, y, gates, cells)
             assert c_n is not None
             return y, h_n, c_n, cells
         y, h_n, c_n, kept = forward(cell, x, steps, h0, c0, weights, room_to_keep(cell, x, weights))
-        ctx.save_for_backward(x, *of_steps, h0, c0, *weights, y, *kept)
+        ctx.save_for_backward(x, *of_steps, h0, c0, *saved, y, *kept)
         return (y, h_n) if c_n is None else (y, h_n, c_n)
 
     @staticmethod
@@ -113,7 +139,7 @@ class _Layer(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         upstream = Upstream(*grads)
         if beyond_kernels(grads):
-            operands = (x, h0, c0, *weights)
+            operands = (x, h0, c0, *connected(weights, ctx.leaves))
             dx, *others = differentiable_backward(run_by_reference(cell, steps), needs, operands, upstream)
             return None, None, dx, None, *others
         found = backward(cell, needs, x, steps, h0, c0, weights, y, kept, upstream)
@@ -285,7 +311,8 @@ def layer(
     Arguments as of :func:`pyrnnfast.passes.forward`; ``cell_states``: whether all cell states are a result (LSTM).
     """
     if differentiable(x, h0, c0, *weights):
-        found = _apply_layer(cell, cell_states, x, batch_sizes, h0, c0, *weights)
+        data = (with_own_memory(t) for t in (x, h0, c0))
+        found = _apply_layer(cell, cell_states, next(data), batch_sizes, *data, *weights)
         return Outputs(*found, *(None,) * (4 - len(found)))
     if not cell_states:
         return Outputs(*forward(cell, x, batch_sizes, h0, c0, weights, ())[:3], None)

@@ -66,7 +66,7 @@ class Gradients:
 class Loop:
     """The calls of a cell in a graph, whose nodes keep it alive."""
 
-    __slots__ = ("__weakref__", "_apart", "_cell", "_memory", "_of_pass", "_places", "gate", "nothing", "weights")
+    __slots__ = ("__weakref__", "_apart", "_cell", "_of_pass", "_places", "gate", "memory", "nothing", "weights")
 
     def __init__(self, cell: str, weights: tuple[Tensor, ...]) -> None:
         self.weights = weights
@@ -76,7 +76,8 @@ class Loop:
         None: there is no node, and they are by themselves."""
         self.nothing: Tensor | None = None
         """The gradient of the gate: some who go through a graph want one."""
-        self._memory: list[Tensor] = []  # the weights' when the loop began, and its addresses
+        self.memory: list[Tensor] = []
+        """The weights', when the node was made: what its steps save of them."""
         self._places: list[int] = []
         self._cell = cell
         self._apart = _ELEMENTS_OF_NODE // (weights[0].numel() + weights[1].numel())  # so many more steps are
@@ -95,7 +96,7 @@ class Loop:
         if self.gate is None:
             self.gate = _apply(self._of_pass, *self.weights)
             self.nothing = self.gate.new_empty(0)
-            self._memory = [weight.detach() for weight in self.weights]
+            self.memory = [weight.detach() for weight in self.weights]
             self._places = [weight.data_ptr() for weight in self.weights]
             return True
         # Other memory, by way of .data, may mean another node that accumulates the weight's gradient. It is elsewhere

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _cpu, amp, layers, loops, obstacles
-from .autograd import beyond_kernels, differentiable_backward
+from .autograd import beyond_kernels, connected, differentiable_backward, saved_weights, with_own_memory
 from .obstacles import PLAIN, Spec
 
 Form = tuple[str, int, int, bool, bool]
@@ -87,7 +87,8 @@ def call(
     results, kept = found
     if kept is not None:
         h0, c0 = hx if form[0] == "lstm" and hx is not None else (hx, None)
-        x = layers.savable(x)  # it may be features of a frozen model
+        x = with_own_memory(layers.savable(x))  # it may be features of a frozen model
+        h0, c0 = with_own_memory(h0), with_own_memory(c0)
         sizes = None if batch_sizes is None else layers.savable(batch_sizes)
         loop = loops.join(form[0], weights) if form[3] else None
         if loop is None or loop.gate is None:
@@ -131,10 +132,13 @@ class _Plain(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Of a step, only the vanilla RNN's backward looks at h; who else changes theirs in place may.
         y = None if kept and form[3] else results[0]
-        if gate is not None:
+        saved: Sequence[Tensor | None]
+        if gate is None:
+            saved, ctx.leaves = saved_weights(weights)
+        else:
             assert loop is not None
-            weights = loop.weights
-        ctx.save_for_backward(x, batch_sizes, h0, c0, y, *kept, *weights)
+            saved, ctx.leaves = loop.memory, loop.weights
+        ctx.save_for_backward(x, batch_sizes, h0, c0, y, *kept, *saved)
         return results
 
     @staticmethod
@@ -156,7 +160,7 @@ class _Plain(torch.autograd.Function):
         else:
             run = functools.partial(_by_reference, ctx.form, batch_sizes)
             needs = (*needs[:3], *((True,) * len(weights) if in_loop else needs[3:]))
-            found = differentiable_backward(run, needs, (x, h0, c0, *weights), grads)
+            found = differentiable_backward(run, needs, (x, h0, c0, *connected(weights, ctx.leaves)), grads)
             if in_loop:
                 ctx.loop.gradients().add(found[3:])
         of_weights = found[3 : 3 + len(needs_weights)]

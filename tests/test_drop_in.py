@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 import pyrnnfast
+from pyrnnfast import plain
 
 LAYERS = tuple(case for case in SMALL if not case.single_step)
 STEPS = tuple(case for case in SMALL if case.single_step)
@@ -327,6 +328,31 @@ def test_a_changed_weight_is_noticed(case: Case) -> None:
         getattr(module, weight_name(case)).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("road", ["plain", "layer by layer", "twice"])
+def test_a_graph_keeps_the_memory_it_was_made_with(case: Case, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gives weights, input or states other memory before backward, as quantizers do, gets the derivative at the
+    values that the forward pass had."""
+    if road == "layer by layer":
+        monkeypatch.setattr(plain, "call", lambda *_: None)
+    found = []
+    for changed in (False, True):
+        module = case.module(pyrnnfast, torch.float64)
+        x, states = case.operands(torch.float64)
+        operands = (x, *states, *module.parameters())
+        outputs = case.run(module, x, states)
+        loss = torch.stack([t.square().sum() for t in outputs.values()]).sum()
+        if changed:
+            for t in operands:
+                t.data = t.data * 2
+        if road == "twice":
+            first = torch.autograd.grad(loss, operands, create_graph=True)
+            loss = torch.stack([g.square().sum() for g in first]).sum()
+        found.append(torch.autograd.grad(loss, operands))
+    for before, after in zip(*found, strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

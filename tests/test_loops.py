@@ -259,6 +259,22 @@ def test_weights_that_change_between_steps() -> None:
     assert_same(*(weight_gradients(m, unroll(m, x).sum()) for m in (ours, stock)))
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_graph_keeps_the_memory_its_weights_had(twice: bool) -> None:
+    found = []
+    for factor in (1, 2):
+        torch.manual_seed(0)
+        _, ours = pair("lstm")
+        weights = list(ours.parameters())
+        loss = unroll(ours, torch.ones(5, 2, 5, dtype=torch.float64)).square().sum()
+        for w in weights:
+            w.data = w.data * factor
+        if twice:
+            loss = torch.stack([g.square().sum() for g in torch.autograd.grad(loss, weights, create_graph=True)]).sum()
+        found.append(torch.autograd.grad(loss, weights))
+    assert_same(*found)
+
+
 def test_a_backward_pass_that_fails_leaves_nothing_behind() -> None:
     stock, ours = pair("lstm")
     x = torch.randn(5, 2, 5, dtype=torch.float64)
