@@ -53,6 +53,10 @@ void enter(void* data) {
   call.body(call.context, call.omp->thread_num(), call.omp->num_threads());
 }
 
+// So often a barrier is looked at before the core is offered to others: the thread that is waited for may be without one,
+// where there are more threads than cores or other programs. Offering takes half a microsecond where nobody wants it.
+constexpr int kSpins = 32;
+
 std::atomic_flag team_taken = ATOMIC_FLAG_INIT;
 
 inline void pause_cpu() {
@@ -72,14 +76,12 @@ void Barrier::wait(int parties) {
     __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
     return;
   }
-  // A step takes microseconds, so spin first; then give way, as the thread that we wait for may want this very core.
-  for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation; ++spins) {
-    if (spins < 4096) {
-      pause_cpu();
-    } else {
-      sched_yield();
-    }
+  const auto open = [&] { return __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) != generation; };
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (open()) return;
+    pause_cpu();
   }
+  while (!open()) sched_yield();
 }
 
 void parallel(int threads, void (*body)(void*, int, int), void* context) {
