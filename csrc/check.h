@@ -65,9 +65,13 @@ struct BackwardOperands : LayerOperands {
   Operand dgates;                      // as y, with D·P·H columns
 };
 
-// The problem of each direction, and the memory that they point into.
+// The problem of each direction, and the memory that they point into: a copy would point into the original's.
 template <class P>
 struct Checked {
+  Checked() = default;
+  Checked(Checked&&) = default;
+  Checked& operator=(Checked&&) = default;
+
   std::vector<int64_t> offsets;
   std::vector<P> directions;
 };

@@ -111,8 +111,7 @@ py::object forward_plain(const PlainCall& call, int64_t inputs, int64_t hidden, 
   Stack s;
   if (!read_form(call.form, s.form)) return py::none();
   Reader reader(call.types, false);
-  if (!reader.read_x(call, s.form, s.layout, s.x)) return py::none();
-  if (s.x.shape[s.x.dimensions - 1] != inputs || s.rows() < 1) return py::none();
+  if (!reader.read_x(call, s.form, inputs, s.layout, s.x) || s.rows() < 1) return py::none();
   if (!reader.read_weights(call.weights, s.form, s.weights) || s.hidden() != hidden) return py::none();
   bool keep = grad && requires_grad(call.x);
   for (size_t i = 0; i < call.weights.size(); ++i) keep = keep || (grad && requires_grad(call.weights[i]));
@@ -123,7 +122,8 @@ py::object forward_plain(const PlainCall& call, int64_t inputs, int64_t hidden, 
     Operand* const states[] = {&s.h0, &s.c0};
     for (int i = 0; i < (lstm ? 2 : 1); ++i) {
       const py::handle state = lstm ? py::handle(PyTuple_GET_ITEM(hx.ptr(), i)) : hx;
-      if (!reader.read_states(state, s.layout, *states[i])) return py::none();
+      // At most as many as there are rows; what does not fit is found out later.
+      if (!reader.read_states(state, s.layout, *states[i], s.form.runs() * s.rows() * hidden)) return py::none();
       if (states[i]->dimensions == 3 && states[i]->shape[0] != s.form.runs()) return py::none();
       keep = keep || (grad && requires_grad(state));
     }
@@ -187,8 +187,8 @@ py::tuple backward_plain(const PlainCall& call, const py::tuple& needs, py::hand
   if (std::all_of(upstream.begin(), upstream.end(), [](py::handle g) { return g.is_none(); })) return gradients;
 
   Reader reader(call.types, true);
-  require(reader.read_x(call, s.form, s.layout, s.x), "x");
   require(reader.read_weights(call.weights, s.form, s.weights), "weights");
+  require(reader.read_x(call, s.form, s.weights[0].shape[1], s.layout, s.x), "x");
   if (s.layout == Layout::packed) s.batch_sizes = read_tensor(call.batch_sizes, "batch_sizes");
   const int64_t N = s.rows(), H = s.hidden(), width = s.width();
   const auto read_states = [&](py::handle tensor, const char* name) {

@@ -77,29 +77,29 @@ bool read_form(const py::tuple& given, Form& form) {
   return !form.single_step || form.runs() == 1;
 }
 
-bool Reader::read(py::handle tensor, int dimensions, Operand& o) {
-  return plain(tensor, o) && o.dimensions == dimensions && compact(tensor, o);
+bool Reader::read(py::handle tensor, int dimensions, Operand& o, int64_t expanded) {
+  return plain(tensor, o) && o.dimensions == dimensions && compact(tensor, o, expanded);
 }
 
 bool Reader::read_rows(py::handle tensor, Layout layout, Operand& o) {
   return plain(tensor, o) && place(tensor, layout, o);
 }
 
-bool Reader::read_x(const PlainCall& call, const Form& form, Layout& layout, Operand& o) {
+bool Reader::read_x(const PlainCall& call, const Form& form, int64_t inputs, Layout& layout, Operand& o) {
   py::handle tensor = call.x;
   if (form.single_step && !call.batch_sizes.is_none()) return false;
-  if (!plain(tensor, o)) return false;
+  if (!plain(tensor, o) || o.dimensions < 1 || o.shape[o.dimensions - 1] != inputs) return false;
   layout = form.single_step              ? Layout::step
            : !call.batch_sizes.is_none() ? Layout::packed
            : o.dimensions == 2           ? Layout::unbatched
            : form.batch_first            ? Layout::batch_first
                                          : Layout::time_major;
-  return place(tensor, layout, o);
+  return place(tensor, layout, o, INT64_MAX);  // with the right columns it fits, however long it is
 }
 
-bool Reader::read_states(py::handle tensor, Layout layout, Operand& o) {
+bool Reader::read_states(py::handle tensor, Layout layout, Operand& o, int64_t expanded) {
   const bool flat = layout == Layout::step || layout == Layout::unbatched;
-  if (!read(tensor, flat ? 2 : 3, o)) return false;
+  if (!read(tensor, flat ? 2 : 3, o, expanded)) return false;
   if (layout == Layout::unbatched) insert_batch(o);
   return true;
 }
@@ -128,24 +128,29 @@ bool Reader::plain(py::handle& tensor, Operand& o) {
   return false;
 }
 
-bool Reader::place(py::handle tensor, Layout layout, Operand& o) {
+bool Reader::place(py::handle tensor, Layout layout, Operand& o, int64_t expanded) {
   const bool three = layout == Layout::time_major || layout == Layout::batch_first;
   if (o.dimensions != (three ? 3 : 2)) return false;
   if (layout == Layout::batch_first) {
     exchange_time_and_batch(o);
-    return is_contiguous(o) || compact(keep(tensor.attr("transpose")(0, 1)), o);
+    return is_contiguous(o) || compact(keep(tensor.attr("transpose")(0, 1)), o, expanded);
   }
-  if (!compact(tensor, o)) return false;
+  if (!compact(tensor, o, expanded)) return false;
   if (layout == Layout::unbatched) insert_batch(o);
   return true;
 }
 
-// Makes o contiguous; false where it is expanded and nobody asked to resolve it.
-bool Reader::compact(py::handle tensor, Operand& o) {
+// Makes o contiguous; false where it is expanded, to more than so many elements, and nobody asked to resolve it.
+bool Reader::compact(py::handle tensor, Operand& o, int64_t expanded) {
   if (is_contiguous(o)) return true;
+  bool is_expanded = false, is_small = true;
+  int64_t left = expanded;
   for (int i = 0; i < o.dimensions; ++i) {
-    if (!resolve_ && o.stride[i] == 0 && o.shape[i] > 1) return false;
+    is_expanded = is_expanded || (o.stride[i] == 0 && o.shape[i] > 1);
+    is_small = is_small && o.shape[i] <= left;
+    if (o.shape[i] > 0) left /= o.shape[i];
   }
+  if (is_expanded && !is_small && !resolve_) return false;
   o = read_tensor(keep(tensor.attr("contiguous")()), "tensor");
   return true;
 }

@@ -35,22 +35,23 @@ class Reader {
   // cannot be read is refused by an exception.
   Reader(const pybind11::tuple& types, bool resolve) : types_(types), resolve_(resolve) {}
 
-  // Whether it is a plain CPU tensor of so many dimensions; if so, `o` is it, or a copy, contiguous. (Not, unless asked
-  // to resolve, one that is expanded: what has the wrong shape may be small in memory and a copy of it endless.)
-  bool read(pybind11::handle tensor, int dimensions, Operand& o);
+  // Whether it is a plain CPU tensor of so many dimensions; if so, `o` is it, or a copy, contiguous. One that is expanded
+  // is copied if it has at most so many elements, or if asked to resolve: what has the wrong shape may be small in memory
+  // and a copy of it endless.
+  bool read(pybind11::handle tensor, int dimensions, Operand& o, int64_t expanded = 0);
   // The same of x, y and their gradients: as [T, B, columns] or, of steps and packed data, [N, columns].
   bool read_rows(pybind11::handle tensor, Layout layout, Operand& o);
-  // The same of x, from which the layout follows.
-  bool read_x(const PlainCall& call, const Form& form, Layout& layout, Operand& o);
+  // The same of x with so many columns, from which the layout follows.
+  bool read_x(const PlainCall& call, const Form& form, int64_t inputs, Layout& layout, Operand& o);
   // The same of states: as [layers·D, B, H] or, of steps, [B, H].
-  bool read_states(pybind11::handle tensor, Layout layout, Operand& o);
+  bool read_states(pybind11::handle tensor, Layout layout, Operand& o, int64_t expanded = 0);
   // The same of the weights of each layer and direction, by fours; biases that there are not are absent.
   bool read_weights(const pybind11::tuple& given, const Form& form, std::vector<Operand>& weights);
 
  private:
   bool plain(pybind11::handle& tensor, Operand& o);
-  bool place(pybind11::handle tensor, Layout layout, Operand& o);
-  bool compact(pybind11::handle tensor, Operand& o);
+  bool place(pybind11::handle tensor, Layout layout, Operand& o, int64_t expanded = 0);
+  bool compact(pybind11::handle tensor, Operand& o, int64_t expanded = 0);
   pybind11::handle keep(pybind11::object tensor);
 
   const pybind11::tuple& types_;

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu
+from .profiling import profiled
 
 # A node takes as long as it takes to make, and to add up, so many elements of gradients; of so many rows, dgates are
 # multiplied and forgotten. Measured, see docs/performance.md.
@@ -59,7 +60,8 @@ class Gradients:
         self._waiting, self._count = [], 0
         made = [w.new_empty(w.shape) for w in self._weights]
         absent = (None,) * (4 - len(made))
-        _cpu.weight_gradients(self._cell, x, states, dgates, (*made, *absent), torch.get_num_threads())
+        operands = self._cell, x, states, dgates, (*made, *absent), torch.get_num_threads()
+        profiled(self._cell, "weight_gradients", _cpu.weight_gradients, *operands)
         self.add(made)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu, cuda
+from .profiling import profiled
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -101,7 +102,8 @@ def forward(
     c_n = torch.empty_like(h_n) if CELLS[cell].has_cell else None
     run: Callable[..., None] = cuda.forward if cuda.takes(x) else _cpu.forward
     own = tuple([_rows(w) for w in weights])
-    run(cell, _rows(x), _rows(h0), _rows(c0), own, y, h_n, c_n, kept, batch_sizes, torch.get_num_threads())
+    operands = _rows(x), _rows(h0), _rows(c0), own, y, h_n, c_n, kept, batch_sizes
+    profiled(cell, "forward", run, cell, *operands, torch.get_num_threads())
     return Results(y, h_n, c_n, kept)
 
 
@@ -201,7 +203,10 @@ def backward(
         for t, need in zip((x, h0, c0, *weights), needs, strict=True)
     ]
     run: Callable[..., None] = cuda.backward if cuda.takes(x) else _cpu.backward
-    run(
+    profiled(
+        cell,
+        "backward",
+        run,
         cell,
         _rows(x),
         _rows(h0),

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _cpu, amp, layers, loops, obstacles
 from .autograd import beyond_kernels, connected, differentiable_backward, saved_weights, with_own_memory
 from .obstacles import PLAIN, Spec
+from .profiling import profiled
 
 Form = tuple[str, int, int, bool, bool]
 """Of a call what is no tensor: cell, layers, directions, single_step, batch_first."""
@@ -70,7 +71,10 @@ def call(
                 return None
             hx = layers.permuted(hx, order)
     weights = tuple(weights)
-    found = _cpu.forward_plain(
+    found = profiled(
+        form[0],
+        "forward",
+        _cpu.forward_plain,
         PLAIN,
         form,
         x,
@@ -150,9 +154,8 @@ class _Plain(torch.autograd.Function):
         found: Sequence[Tensor | None]
         if not beyond_kernels(grads):
             threads = torch.get_num_threads()
-            found = _cpu.backward_plain(
-                PLAIN, ctx.form, x, batch_sizes, weights, needs, h0, c0, y, kept, grads, in_loop, threads
-            )
+            operands = x, batch_sizes, weights, needs, h0, c0, y, kept, grads
+            found = profiled(ctx.form[0], "backward", _cpu.backward_plain, PLAIN, ctx.form, *operands, in_loop, threads)
             if in_loop and found[-1] is not None:
                 ctx.loop.gradients().leave(x, h0, found[-1])
         elif all(g is None for g in grads):

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import pyrnnfast
-from pyrnnfast import amp
+from pyrnnfast import amp, loops
 
 NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
 # A layer and a cell of each kind, the cell with and without an initial state.
@@ -522,3 +522,16 @@ def test_autocast_to_float16_is_left_to_torch(case: Case, form: str) -> None:
         assert found[0] == found[1]
     else:
         torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_profilers_see_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "_ELEMENTS_OF_NODE", 0)
+    cell, x = pyrnnfast.GRUCell(3, 4), torch.ones(2, 3)
+    layers = pyrnnfast.RNN(3, 4), pyrnnfast.LSTM(3, 4, cell_states=True)  # in one call, and layer by layer
+    with torch.profiler.profile() as profile:
+        for layer in layers:
+            layer(x)[0].sum().backward()
+        cell(x, cell(x)).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    of_layers = {f"pyrnnfast::{cell}_{what}" for cell in ("rnn_tanh", "lstm") for what in ("forward", "backward")}
+    assert names >= of_layers | {f"pyrnnfast::gru_{what}" for what in ("forward", "backward", "weight_gradients")}

@@ -433,6 +433,27 @@ def test_oddities_come_out_right(case: Case, oddity: str) -> None:
         torch.testing.assert_close(flat(module(odd_x, odd_hx)), expected)
 
 
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("layout", ["time_major", "batch_first", "packed", "step"])
+def test_expanded_states_and_input(cell: str, layout: str, taken: list[bool], back: list[bool]) -> None:
+    """A learned initial state for all sequences, and one vector for all steps, as decoders have it."""
+    lengths = (3, 2, 2, 1) if layout == "packed" else None
+    case = Case(cell, 3, 4, single_step=layout == "step", batch_first=layout == "batch_first", lengths=lengths)
+    module = case.module(pyrnnfast, torch.float64)
+    x, states = case.operands(torch.float64)
+    x = x.detach()[..., :1, :] if case.batch_first or case.single_step else x.detach()[:1]
+    leaves = [x.clone().requires_grad_()]
+    leaves += [s.detach()[..., :1, :].clone().requires_grad_() for s in states]
+    found = []
+    for how in (Tensor.expand, lambda t, shape: t.expand(shape).clone()):
+        given, *initial = (how(t, o.shape) for t, o in zip(leaves, (case.operands()[0], *states), strict=True))
+        outputs = case.run(module, given, tuple(initial))
+        found.append(torch.autograd.grad(sum(t.sin().sum() for t in outputs.values()), leaves))
+    assert taken == back == [True, True]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 BAD: dict[str, Callable[[Case, Tensor, Any], tuple[Any, Any]]] = {
     "features": lambda case, x, hx: (x[..., :-1], hx),
     "dtype": lambda case, x, hx: (x.double(), hx),
