@@ -206,11 +206,13 @@ class Options(TypedDict, total=False):
 
     num_layers: int
     bias: bool
+    """If not given, the weights tell."""
     batch_first: bool
     dropout: float
     training: bool
+    """Whether ``dropout`` acts; by default it does, as in ``torch.nn.functional.dropout``."""
     bidirectional: bool
-    lengths: Tensor | None
+    lengths: Tensor | Sequence[int] | None
     """[B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are real. Padding
     is never read; outputs there are zero, and the final states are those after the last real step. On CUDA, our kernels
     and the reference do not wait for their values, and take those of a CUDA tensor beyond 0 … T for the nearest; for
@@ -242,6 +244,8 @@ def _call(
     weights = tuple(weights)
     if len(weights) < 2:
         raise ValueError(f"expected at least weight_ih and weight_hh, got {len(weights)} weights")
+    if "bias" not in options:
+        options["bias"] = len(weights) > 2 and weights[2].dim() == 1
     # Integers, which they are not while torch.jit is tracing.
     spec = Spec(cell, int(weights[0].shape[-1]), int(weights[1].shape[-1]), single_step=single_step, **options)
     if spec.cell_states and cell != "lstm":
@@ -253,7 +257,7 @@ def _call(
         found = plain.call(form, spec.input_size, spec.hidden_size, input, hx, weights, otherwise)
         if found is not None:
             return found
-    return call(spec, input, hx, weights, otherwise, Extras(lengths, reset))
+    return call(spec, input, hx, weights, otherwise, layers.extras(lengths, reset))
 
 
 def _rnn_kind(nonlinearity: str) -> str:

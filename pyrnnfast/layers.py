@@ -40,6 +40,13 @@ class Extras(NamedTuple):
 NO_EXTRAS = Extras()
 
 
+def extras(lengths: Any = None, reset: Any = None) -> Extras:
+    """Of what a caller has given: ``lengths`` may be a list, as for torch's ``pack_padded_sequence``."""
+    if isinstance(lengths, (list, tuple)):
+        lengths = torch.tensor(lengths, dtype=None if lengths else torch.int64)
+    return Extras(lengths, reset)
+
+
 class _Found(NamedTuple):
     """Of a stack of layers: the last one's output and cell states, and the final states of all."""
 
@@ -118,7 +125,7 @@ def _check(extras: Extras, input: Any, batch_first: bool) -> None:
     time = 1 if batch_first and input.dim() == 3 else 0
     if lengths is not None:
         if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
-            raise TypeError("lengths must be a tensor of integers")
+            raise TypeError("lengths must be a tensor or list of integers")
         _check_size("lengths", lengths, (*input.shape[:time], *input.shape[time + 1 : -1]))
     if reset is not None:
         if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, ParamSpec, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from . import functional, plain
+from . import functional, layers, plain
 from .layers import NO_EXTRAS, Extras
 from .obstacles import Spec
 
@@ -94,7 +94,7 @@ def _passed_on(explicit: Callable[_P, None]) -> Callable[_P, None]:
 class ExtraInputs(TypedDict, total=False):
     """What a layer may be given besides ``input`` and ``hx``: see its ``forward``."""
 
-    lengths: Tensor | None
+    lengths: Tensor | Sequence[int] | None
     reset: Tensor | None
 
 
@@ -102,7 +102,7 @@ def _extras(given: ExtraInputs) -> Extras:
     for name in given:
         if name not in Extras._fields:
             raise TypeError(f"forward() got an unexpected keyword argument '{name}'")
-    return Extras(**given)
+    return layers.extras(**given)
 
 
 class _Layers(_Ours, torch.nn.RNNBase):
@@ -119,13 +119,9 @@ class _Layers(_Ours, torch.nn.RNNBase):
             input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, a ``PackedSequence``, or a nested tensor
                 [B, j, I] of the layout ``torch.jagged``, which the output then is, too
             hx: [num_layers·D, B, H] (without B when unbatched), a pair of them for the LSTM; None: zeros
-            lengths: [B], integers from 0 to T in any order, on any device: how many steps of each padded sequence are
-                real. Padding is never read; outputs there are zero, and final states are those after the last real
-                step. On CUDA, our kernels and the reference do not wait for their values, and take those of a CUDA
-                tensor beyond 0 … T for the nearest; for torch's layers (:func:`pyrnnfast.explain` tells who takes a
-                call) the sequences are packed, which waits, and raises
-            reset: [T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the
-                start of an episode or of a document
+            lengths: [B]: how many steps of each padded sequence are real, and
+            reset: [T, B], or [B, T] with ``batch_first``: where the state is cleared before the step; see
+                :class:`pyrnnfast.functional.Options`
 
         An output of which the gradient is wanted must not be changed in place, as with most of torch's operators: the
         gradient of ``weight_hh`` is made of it. (torch's GRU and RNN allow it, its LSTM does not.)

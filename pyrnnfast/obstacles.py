@@ -33,7 +33,7 @@ class Spec(NamedTuple):
     bias: bool = True
     batch_first: bool = False
     dropout: float = 0.0
-    training: bool = False
+    training: bool = True
     bidirectional: bool = False
     proj_size: int = 0
     single_step: bool = False  # a cell module, whose input has no time dimension

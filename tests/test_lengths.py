@@ -344,22 +344,46 @@ def test_what_is_in_the_padding_has_no_gradient_and_no_effect() -> None:
     assert all(g.isfinite().all() for g in grads.values())
 
 
+@pytest.mark.parametrize("given", [[4, 6, 0, 2], (4, 6, 0, 2), list(torch.tensor([4, 6, 0, 2]))], ids=str)
+def test_lengths_as_a_list(given: Any) -> None:
+    module, x = pyrnnfast.GRU(I, H), torch.randn(T, B, I)
+    expected = module(x, lengths=torch.tensor([4, 6, 0, 2]))
+    weights = list(module.parameters())
+    for found in (module(x, lengths=given), pyrnnfast.functional.gru(x, None, weights, lengths=given)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert pyrnnfast.explain(module, x, lengths=given).path == "fused"
+    assert module(x[:, :0], lengths=[])[0].shape == (T, 0, H)
+
+
 # What is refused ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("lengths", "error", "words"),
     [
-        ([4, 6, 0, 2], TypeError, "must be a tensor of integers"),
-        (torch.tensor([4.0, 6.0, 0.0, 2.0]), TypeError, "must be a tensor of integers"),
-        (torch.tensor([True, True, False, True]), TypeError, "must be a tensor of integers"),
+        ([4, 6, 0], ValueError, r"lengths: expected size \[4\], got \[3\]"),
+        ([4.0, 6.0, 0.0, 2.0], TypeError, "must be a tensor or list of integers"),
+        (7, TypeError, "must be a tensor or list of integers"),
+        (torch.tensor([4.0, 6.0, 0.0, 2.0]), TypeError, "must be a tensor or list of integers"),
+        (torch.tensor([True, True, False, True]), TypeError, "must be a tensor or list of integers"),
         (torch.tensor([4, 6, 0]), ValueError, r"lengths: expected size \[4\], got \[3\]"),
         (torch.tensor([[4, 6, 0, 2]]), ValueError, r"lengths: expected size \[4\], got \[1, 4\]"),
         (torch.tensor([4, -1, 0, 2]), ValueError, "lengths must be from 0 to 6"),
         (torch.tensor([4, 7, 0, 2]), ValueError, "lengths must be from 0 to 6"),
         (torch.tensor(RAGGED, device="meta"), ValueError, "not served on the meta device"),
     ],
-    ids=["list", "float", "bool", "too few", "too many dimensions", "negative", "beyond T", "meta"],
+    ids=[
+        "short list",
+        "list of float",
+        "number",
+        "float",
+        "bool",
+        "too few",
+        "too many dimensions",
+        "negative",
+        "beyond T",
+        "meta",
+    ],
 )
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_bad_lengths(lengths: Any, error: type[Exception], words: str, batch_first: bool) -> None:
@@ -389,7 +413,7 @@ def test_bad_reset(batch_first: bool) -> None:
 @pytest.mark.parametrize(
     ("extras", "error", "words"),
     [
-        ({"lengths": [3]}, TypeError, "must be a tensor of integers"),
+        ({"lengths": [3]}, ValueError, r"lengths: expected size \[\], got \[1\]"),
         ({"lengths": torch.tensor([3])}, ValueError, r"lengths: expected size \[\], got \[1\]"),
         ({"lengths": torch.tensor(7)}, ValueError, "lengths must be from 0 to 6"),
         ({"reset": RESET}, ValueError, r"reset: expected size \[6\], got \[6, 4\]"),

@@ -158,6 +158,7 @@ def test_functions_do_not_take_it_for_what_is_not_plain(taken: list[bool]) -> No
     module = torch.nn.LSTM(3, 5, 2)
     x, weights = torch.randn(4, 2, 3), list(module.parameters())
     for options in (
+        {"dropout": 0.5},
         {"dropout": 0.5, "training": True},
         {"cell_states": True},
         {"lengths": torch.tensor([4, 2])},
@@ -169,15 +170,22 @@ def test_functions_do_not_take_it_for_what_is_not_plain(taken: list[bool]) -> No
             pyrnnfast.functional.lstm(x, None, wrong, num_layers=2)
     # Two weights of a layer that is to have biases, and biases of one that is not.
     with pytest.raises(RuntimeError, match="4 weights are expected"):
-        pyrnnfast.functional.lstm(x, None, weights[:2])
+        pyrnnfast.functional.lstm(x, None, weights[:2], bias=True)
     with pytest.raises(RuntimeError, match="2 weights are expected"):
         pyrnnfast.functional.lstm(x, None, weights[:4], bias=False)
     assert taken == []
-    pyrnnfast.functional.lstm(x, None, weights, num_layers=2, dropout=0.5)
+    pyrnnfast.functional.lstm(x, None, weights, num_layers=2, dropout=0.5, training=False)
     assert taken == [True]
     # Of one layer nobody looks at it.
     pyrnnfast.functional.lstm(x, None, weights[:4], dropout=None, training=True)  # type: ignore[typeddict-item]
     assert taken == [True] * 2
+    # Those that there are tell of biases.
+    for layers, bidirectional in ((1, False), (2, True)):
+        stock = torch.nn.LSTM(3, 5, layers, bias=False, bidirectional=bidirectional)
+        given = list(stock.parameters())
+        y, _ = pyrnnfast.functional.lstm(x, None, given, num_layers=layers, bidirectional=bidirectional)
+        torch.testing.assert_close(y, stock(x)[0])
+    assert taken == [True] * 4
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
