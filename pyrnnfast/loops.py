@@ -105,6 +105,12 @@ class Loop:
         # for certain, as the old one is kept.
         return [weight.data_ptr() for weight in self.weights] == self._places
 
+    def is_wanted(self) -> bool:
+        """Whether the backward pass that is going on comes to the loop's node: what is left for it would else stay."""
+        assert self.gate is not None
+        assert self.gate.grad_fn is not None
+        return torch._C._will_engine_execute_node(self.gate.grad_fn)
+
     def gradients(self) -> Gradients:
         """Those that the steps make together in the backward pass that is going on."""
         number = torch._C._current_graph_task_id()

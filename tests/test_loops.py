@@ -142,6 +142,36 @@ def test_only_what_is_asked_for(calls: list[int]) -> None:
     assert calls == []
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_passes_that_do_not_come_to_the_weights_leave_nothing(
+    create_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a gradient penalty's, whose graph leads back to the loop: it would never die."""
+    alive: list[weakref.ref[loops.Loop]] = []
+    join = loops.join
+
+    def watched(*arguments: Any) -> loops.Loop | None:
+        loop = join(*arguments)
+        assert loop is not None
+        alive.append(weakref.ref(loop))
+        return loop
+
+    monkeypatch.setattr(loops, "join", watched)
+    stock, ours = pair("gru")
+    x = torch.randn(5, 2, 5, dtype=torch.float64, requires_grad=True)
+    for m in (ours, stock):
+        loss = unroll(m, x).sum()
+        for _ in range(3):
+            (g,) = torch.autograd.grad(loss, x, create_graph=create_graph, retain_graph=True)
+        assert m is stock or all(loop._of_pass == {} for loop in (reference() for reference in alive) if loop)
+        (g.square().sum() if create_graph else loss).backward()
+        del loss, g
+    assert_same([p.grad for p in ours.parameters()], [p.grad for p in stock.parameters()])
+    gc.collect()
+    assert alive
+    assert all(reference() is None for reference in alive)
+
+
 def test_a_graph_that_is_gone_through_twice(calls: list[int]) -> None:
     stock, ours = pair("lstm")
     x = torch.randn(6, 2, 5, dtype=torch.float64)
