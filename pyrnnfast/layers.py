@@ -77,7 +77,8 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
         return _as_torch_has_it(output, permuted(found.states, input.unsorted_indices), cells)
     if input.dim() == 2:
         batched = spec._replace(batch_first=False)
-        return _as_a_batch(lambda x, h, own: run(batched, asked, x, h, weights, own), input, hx, extras)
+        found = _as_a_batch(lambda x, h, own: run(batched, asked, x, h, weights, own), input, hx, extras)
+        return _apart(asked, found)
     if extras and (asked == "reference" or cuda.takes(input)):
         return _run_masked(spec, asked, input, hx, weights, extras)
     if extras and not (asked == "eager" and _is_plain(extras, input.shape[1 if spec.batch_first else 0])):
@@ -85,9 +86,8 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
     dense = _run_layers(spec, asked, input.transpose(0, 1) if spec.batch_first else input, None, hx, weights)
     if not spec.batch_first:
         return _as_torch_has_it(*dense)
-    return _as_torch_has_it(
-        dense.output.transpose(0, 1), dense.states, None if dense.cells is None else dense.cells.transpose(0, 1)
-    )
+    by_batch = (None if t is None else t.transpose(0, 1) for t in (dense.output, dense.cells))
+    return _apart(asked, _as_torch_has_it(next(by_batch), dense.states, *by_batch))
 
 
 def run_packed(spec: Spec, input: Any, hx: Hidden, extras: Extras, call: Callable[[Any, Any], Any]) -> Any:
@@ -111,6 +111,14 @@ def _as_a_batch(run: Callable[..., Any], input: Tensor, hx: Hidden, extras: Extr
     own = Extras(*(None if t is None else t.unsqueeze(-1) for t in extras))
     output, states, *cells = run(input.unsqueeze(1), _map(hx, Tensor.unsqueeze, 1), own)
     return output.squeeze(1), _map(states, Tensor.squeeze, 1), *(t.squeeze(1) for t in cells)
+
+
+def _apart(asked: str, found: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The results of a call, of which the output and all cell states are views of what the layer has given."""
+    if asked != "operators":
+        return found
+    output, states, *cells = found
+    return ops.with_own_memory(output), states, *(ops.with_own_memory(t) for t in cells)
 
 
 def _as_torch_has_it(output: Any, states: Any, cells: Any) -> tuple[Any, ...]:

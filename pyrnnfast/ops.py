@@ -5,11 +5,13 @@ graph serves any T and B. They are differentiable to any order, the first by ker
 (autograd.py).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .autograd import Outputs, differentiable, run_by_reference, second_backward
 from .passes import (
@@ -292,6 +294,57 @@ def layer(
     if not CELLS[cell].has_cell:
         return Outputs(y, h_n, None, None)
     return Outputs(y, h_n, c_n, cells if cell_states else None)
+
+
+@register_flop_formula(torch.ops.pyrnnfast.layer)
+def _flops(
+    cell: str, x: Sequence[int], _: Any, h0: Any, c0: Any, weights: Sequence[Sequence[int]], *__: Any, **___: Any
+) -> int:
+    """Of the products, as ``torch.utils.flop_counter`` counts them of torch's operators; tensors are shapes here."""
+    rows = math.prod(x[:-1])
+    return sum(2 * rows * math.prod(w) for w in weights if len(w) == 2)
+
+
+@register_flop_formula(torch.ops.pyrnnfast.layer_backward)
+def _flops_back(
+    cell: str,
+    needs: Sequence[bool],
+    x: Sequence[int],
+    batch_sizes: Sequence[int] | None,
+    h0: Any,
+    c0: Any,
+    weights: Sequence[Sequence[int]],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """The same of the gradients of the weights, of x and of the states, the first of which h0 alone may want."""
+    rows, total = math.prod(x[:-1]), 0
+    first = 0 if needs[1] or batch_sizes is not None else x[1]
+    per_direction = 2 if all(len(w) == 2 for w in weights) else 4
+    for k, (w, wanted) in enumerate(zip(weights, needs[3:], strict=True)):
+        if len(w) == 2:
+            back = rows * needs[0] if k % per_direction == 0 else rows - first
+            total += 2 * math.prod(w) * (rows * wanted + back)
+    return total
+
+
+# What a compiled graph returns as a view of something that it keeps for backward, anybody may change in place, and
+# autograd does not notice. Opaque, as Inductor takes a clone of the same strides out.
+torch.library.define("pyrnnfast::copy", "(Tensor t) -> Tensor")
+torch.library.impl("pyrnnfast::copy", _DEVICES, lambda t: _copied(t))
+torch.library.register_fake("pyrnnfast::copy", lambda t: torch.empty_like(t))
+torch.library.register_autograd("pyrnnfast::copy", lambda _, grad: grad)
+
+
+def _copied(t: Tensor) -> Tensor:
+    _refuse_forward_mode()
+    return t.clone()
+
+
+def with_own_memory(t: Tensor) -> Tensor:
+    """A view of a layer's output as a result of a call: a copy, if backward needs the output."""
+    found: Tensor = torch.ops.pyrnnfast.copy(t) if t.requires_grad else t
+    return found
 
 
 # How many rows, steps and segments there are follows from values. Wherever those come from, they are read, and what is

@@ -150,7 +150,7 @@ class _Plain(torch.autograd.Function):
         x, batch_sizes, h0, c0, y, *rest = ctx.saved_tensors
         kept, weights = tuple(rest[: ctx.count]), tuple(rest[ctx.count :])
         _, _, _, _, need_x, _, need_h0, need_c0, in_loop, *needs_weights = ctx.needs_input_grad
-        # Autograd asks for the weights' gradients wherever they might be wanted, of whom this pass wants no more than x's.
+        # Autograd asks for the weights' part wherever it might be wanted, and this pass may be for x's gradient alone.
         in_loop = in_loop and ctx.loop.is_wanted()
         needs = (need_x, need_h0, need_c0, *(needs_weights or (False,) * len(weights)))
         found: Sequence[Tensor | None]

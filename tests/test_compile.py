@@ -13,6 +13,7 @@ from cases import CELLS, Case, gradients
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyrnnfast
 from pyrnnfast import functional, ops
@@ -150,6 +151,30 @@ def test_opcheck_of_segments(extras: dict[str, Tensor], batch_first: bool) -> No
     torch.library.opcheck(torch.ops.pyrnnfast.segments, (lengths, given, 5, 3, batch_first))
 
 
+@pytest.mark.parametrize("form", ["batch_first", "unbatched"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"cell_states": True}], ids=str)
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_results_that_are_changed_in_place(name: str, options: dict[str, Any], form: str, backend: str) -> None:
+    """Such a graph returned views of what it kept for backward; autograd did not notice, and gradients were wrong."""
+    if "cell_states" in options and name != "LSTM":
+        options = {}
+    module = getattr(pyrnnfast, name)(3, 5, batch_first=form == "batch_first", **options)
+    x = torch.randn(4, 2, 3) if form == "batch_first" else torch.randn(4, 3)
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    found = []
+    for run, double in ((module, lambda t: t * 2), (compiled, lambda t: t.mul_(2))):
+        y, _, *cells = run(x)
+        assert y.stride() == module(x)[0].stride()
+        loss = torch.stack([double(t).sin().sum() for t in (y, *cells)]).sum()
+        found.append(torch.autograd.grad(loss, list(module.parameters())))
+    torch.testing.assert_close(*found)
+
+
+def test_opcheck_of_copy() -> None:
+    torch.library.opcheck(torch.ops.pyrnnfast.copy, (torch.ones(3, 2, 4).transpose(0, 1).requires_grad_(),))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_autocast_inside_and_outside(cell: str) -> None:
     case = Case(cell)
@@ -248,6 +273,32 @@ def backward_operands(cell: str, packed: bool, directions: int, grad: bool) -> t
             if t is not None:
                 t.requires_grad_()
     return cell, needs, x, batch_sizes, h0, c0, weights, directions, y, gates, cells, *grads
+
+
+@pytest.mark.parametrize("of_states", [False, True])
+@pytest.mark.parametrize("options", [{}, {"bias": False, "num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("name", ["GRU", "LSTM", "GRUCell", "LSTMCell"])
+def test_flops_are_counted(name: str, options: dict[str, Any], of_states: bool) -> None:
+    """As torch counts its own GRU and cells; its LSTM it does not, which has 4/3 as many."""
+    if name.endswith("Cell"):
+        options = {"bias": options.get("bias", True)}
+    counts = []
+    for library, kind in ((pyrnnfast, name), (torch.nn, name.replace("LSTM", "GRU"))):
+        module = getattr(library, kind)(5, 8, **options)
+        x = torch.ones(3, 5) if name.endswith("Cell") else torch.ones(6, 3, 5)
+        h = torch.ones(3, 8) if name.endswith("Cell") else torch.ones(4 if options else 1, 3, 8)
+        for wanted in (False, True):
+            state: Any = h.clone().requires_grad_(wanted) if of_states else None
+            if state is not None and kind.startswith("LSTM"):
+                state = (state, h)
+            with FlopCounterMode(display=False) as forward:
+                found = module(x.clone().requires_grad_(wanted), state)
+            with FlopCounterMode(display=False) as backward:
+                (found[0] if isinstance(found, tuple) else found).sum().backward()
+            counts.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert counts[2][0] > 0
+    ratio = 4 if name.startswith("LSTM") else 3
+    assert [(3 * f, 3 * b) for f, b in counts[:2]] == [(ratio * f, ratio * b) for f, b in counts[2:]]
 
 
 @every_layer
