@@ -3,8 +3,6 @@
 
 #include <stdexcept>
 
-#include "cells.h"
-
 namespace pyrnnfast {
 namespace {
 
@@ -12,9 +10,6 @@ template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   throw std::invalid_argument((std::string() + ... + parts));
 }
-
-template <class Cell>
-constexpr Widths widths{Cell::gates, Cell::saved, Cell::dgates, Cell::has_cell};
 
 std::string size_text(int64_t rows, int64_t columns) {
   return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
@@ -53,7 +48,7 @@ Dtype dtype_of(const Operand& o, const char* name, const Rules& rules) {
   }
 }
 
-// Of all operands of one call that have the same type, on the device of the first of them.
+// Checks those operands of a call that share a type, which have to be on the device of the first of them.
 class Door {
  public:
   Door(ElementType type, const Operand& first, const Rules& rules)
@@ -280,17 +275,6 @@ Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Ru
 }  // namespace
 
 int64_t bytes_of(ElementType type) { return type == ElementType::float64 ? 8 : type == ElementType::float32 ? 4 : 2; }
-
-const Widths& widths_of(CellKind cell) {
-  switch (cell) {
-    case CellKind::lstm:
-      return widths<Lstm>;
-    case CellKind::gru:
-      return widths<Gru>;
-    default:
-      return widths<Rnn<false>>;
-  }
-}
 
 CellKind check_cell(const std::string& name) {
   if (name == "rnn_tanh") return CellKind::rnn_tanh;

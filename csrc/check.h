@@ -6,19 +6,13 @@
 #include <vector>
 
 #include "problem.h"
+#include "widths.h"
 
 namespace pyrnnfast {
 
 enum class ElementType { float32, float64, bfloat16, float16, int64, boolean, other };
 
 enum class Memory { cpu, cuda, other };
-
-// Columns of each operand in units of H; 0 or false: the cell has no such operand.
-struct Widths {
-  int64_t gates, saved, dgates;
-  bool cell;
-};
-const Widths& widths_of(CellKind cell);
 
 // Which operands the kernels behind this door take.
 struct Rules {

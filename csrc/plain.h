@@ -23,8 +23,8 @@ struct PlainCall {
 // A pair. Where `grad` says that gradients are enabled and an operand asks for one: the results y, h_n, c_n, or h, c,
 // in a tuple, and in another what backward needs. Else what torch.nn's module, or its cell, returns, and None.
 //
-// None, so that the caller goes the long way where it is put right or gets its error, unless everything is as it should
-// be. hx: None, h0, or for the LSTM (h0, c0).
+// None when anything is unusual: the caller then takes the general way, which puts it right or raises. hx: None, h0, or
+// for the LSTM (h0, c0).
 pybind11::object forward_plain(const PlainCall& call, int64_t inputs, int64_t hidden, pybind11::handle hx, bool grad,
                                int threads);
 

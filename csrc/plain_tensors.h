@@ -22,7 +22,7 @@ struct Form {
   int64_t runs() const { return layers * directions; }
 };
 
-// Whether it is one; what is true by other rules of Python than `is True` is torch's to judge.
+// Whether it is one. Of truth values only the objects True and False count; others are left to torch.
 bool read_form(const pybind11::tuple& given, Form& form);
 
 // Of x, y and their gradients, and of states.
@@ -35,9 +35,9 @@ class Reader {
   // cannot be read is refused by an exception.
   Reader(const pybind11::tuple& types, bool resolve) : types_(types), resolve_(resolve) {}
 
-  // Whether it is a plain CPU tensor of so many dimensions; if so, `o` is it, or a copy, contiguous. One that is expanded
-  // is copied if it has at most so many elements, or if asked to resolve: what has the wrong shape may be small in memory
-  // and a copy of it endless.
+  // Whether it is a plain CPU tensor of so many dimensions; if so, `o` is it, or a copy, contiguous. One that is
+  // expanded is copied if it has at most so many elements, or if asked to resolve: what has the wrong shape may be
+  // small in memory and a copy of it endless.
   bool read(pybind11::handle tensor, int dimensions, Operand& o, int64_t expanded = 0);
   // The same of x, y and their gradients: as [T, B, columns] or, of steps and packed data, [N, columns].
   bool read_rows(pybind11::handle tensor, Layout layout, Operand& o);

@@ -1,7 +1,7 @@
 // Reads a torch tensor through DLPack's C exchange table, which torch.Tensor carries as `__dlpack_c_exchange_api__`:
-// no libtorch, no copy, no reference taken. The lazy negation bit does not show there: functional.py leaves such
-// operands to torch, and passes.py resolves gradients. The declarations are the binary interface of DLPack 1.2 or
-// later.
+// no libtorch, no copy, no reference taken. The lazy negation bit does not show there: obstacles.py and
+// read_plain_tensor leave such operands to torch, and passes.py resolves gradients. The declarations are the binary
+// interface of DLPack 1.2 or later.
 #pragma once
 
 #include <pybind11/pybind11.h>

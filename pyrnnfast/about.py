@@ -45,7 +45,7 @@ class Info(NamedTuple):
         lines += [f"CUDA record: {record}" for record in self.cuda_records]
         lines += [f"CUDA record, refused: {record}" for record in self.cuda_refused]
         if not self.cuda_records:
-            state = "None of them is green" if self.cuda_refused else "No card has been measured"
+            state = "None of them is green" if self.cuda_refused else "This version comes without one"
             lines.append(
                 f"CUDA record: none that counts. {state}, and cuDNN serves CUDA tensors, unless "
                 "pyrnnfast.cuda.use asks for another path"

@@ -75,9 +75,10 @@ def plain_step(cell: str, input: Any, hx: Any, weights: Sequence[Any]) -> PlainS
     shape = weights[0].shape
     if len(shape) != 2 or input.dim() != 2:
         return None
-    if cell == "lstm" and hx is not None and not (isinstance(hx, tuple) and len(hx) == 2):
+    has_cell = passes.CELLS[cell].has_cell
+    if has_cell and hx is not None and not (isinstance(hx, tuple) and len(hx) == 2):
         return None
-    states: tuple[Any, ...] = () if hx is None else hx if cell == "lstm" else (hx,)
+    states: tuple[Any, ...] = () if hx is None else hx if has_cell else (hx,)
     if not all(type(t) in PLAIN and t.is_cpu and t.dtype in (torch.float32, torch.bfloat16) for t in (input, *states)):
         return None
     rounded_to = torch.bfloat16 if cell in ("rnn_tanh", "rnn_relu") else None
@@ -86,7 +87,7 @@ def plain_step(cell: str, input: Any, hx: Any, weights: Sequence[Any]) -> PlainS
     if not _suits_float32(cell, len(input), shape[1], shape[0] // passes.CELLS[cell].gates):
         return PlainStep(True, input, hx, None)
     x, *wide = (t if t.dtype is torch.float32 else t.float() for t in (input, *states))
-    return PlainStep(False, x, None if hx is None else tuple(wide) if cell == "lstm" else wide[0], rounded_to)
+    return PlainStep(False, x, None if hx is None else tuple(wide) if has_cell else wide[0], rounded_to)
 
 
 def narrowed(device: str, spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from . import _cpu
 from .profiling import profiled
 
-# A node takes as long as it takes to make, and to add up, so many elements of gradients; of so many rows, dgates are
-# multiplied and forgotten. Measured, see docs/performance.md.
+# A loop's node costs as much as to make, and add up, so many elements of gradients. Once so many rows of dgates wait,
+# they are multiplied and freed. Measured, see docs/performance.md.
 _ELEMENTS_OF_NODE = 1 << 19
 _MOST_ROWS = 2048
 
@@ -77,12 +77,13 @@ class Loop:
         """What steps have as an input instead of the weights: a tensor without elements, the result of the loop's node;
         None: there is no node, and they are by themselves."""
         self.nothing: Tensor | None = None
-        """The gradient of the gate: some who go through a graph want one."""
+        """The gradient of the gate: hooks of nodes, and checks of anomaly mode, want one."""
         self.memory: list[Tensor] = []
         """The weights', when the node was made: what its steps save of them."""
         self._places: list[int] = []
         self._cell = cell
-        self._apart = _ELEMENTS_OF_NODE // (weights[0].numel() + weights[1].numel())  # so many more steps are
+        # How many more steps go to the weights themselves.
+        self._apart = _ELEMENTS_OF_NODE // (weights[0].numel() + weights[1].numel())
         # By the number of the backward pass. What a failed one has left goes with the loop.
         self._of_pass: dict[int, Gradients] = {}
 

@@ -172,7 +172,7 @@ def _states_of(spec: Spec, hx: Any) -> Sequence[Any] | None:
     """The states that were given, none or one or a pair; None: that is neither."""
     if hx is None:
         return ()
-    if spec.cell != "lstm":
+    if not passes.CELLS[spec.cell].has_cell:
         return (hx,)
     return hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
 

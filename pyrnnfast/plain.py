@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _cpu, amp, layers, loops, obstacles
 from .autograd import beyond_kernels, connected, differentiable_backward, saved_weights, with_own_memory
 from .obstacles import PLAIN, Spec
+from .passes import CELLS
 from .profiling import profiled
 
 Form = tuple[str, int, int, bool, bool]
@@ -57,6 +58,7 @@ def call(
         if step.by_torch:
             return otherwise(input, hx)
         _, input, hx, rounded_to = step
+    has_cell = CELLS[form[0]].has_cell
     batch_sizes = order = None
     x: Any = input
     if isinstance(input, PackedSequence):
@@ -65,7 +67,7 @@ def call(
             return None
         if order is not None and hx is not None:
             states = hx if isinstance(hx, tuple) else (hx,)
-            if len(states) != (2 if form[0] == "lstm" else 1):
+            if len(states) != 1 + has_cell:
                 return None
             if not all(isinstance(s, Tensor) and s.dim() == 3 and s.shape[1:2] == order.shape for s in states):
                 return None
@@ -90,7 +92,7 @@ def call(
         return None
     results, kept = found
     if kept is not None:
-        h0, c0 = hx if form[0] == "lstm" and hx is not None else (hx, None)
+        h0, c0 = hx if has_cell and hx is not None else (hx, None)
         x = with_own_memory(layers.savable(x))  # it may be features of a frozen model
         h0, c0 = with_own_memory(h0), with_own_memory(c0)
         sizes = None if batch_sizes is None else layers.savable(batch_sizes)
@@ -99,14 +101,14 @@ def call(
             results = _apply(form, loop, results, kept, x, sizes, h0, c0, None, *weights)
         else:
             results = _apply(form, loop, results, kept, x, sizes, h0, c0, loop.gate)
-        if form[0] == "lstm":
+        if has_cell:
             results = (results[0], results[1:]) if len(results) == 3 else results
         elif form[3]:
             results = results[0]
     if batch_sizes is None:
         return results if rounded_to is None else results.to(rounded_to)
     y, states = results
-    if order is not None and order.shape != (states[0] if form[0] == "lstm" else states).shape[1:2]:
+    if order is not None and order.shape != (states[0] if has_cell else states).shape[1:2]:
         return None
     return PackedSequence(y, batch_sizes, order, back), layers.permuted(states, back)
 

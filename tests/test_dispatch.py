@@ -1,5 +1,7 @@
 """What runs on our kernels, what is left to torch, and that ``explain`` says so."""
 
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,10 +10,11 @@ import pytest
 import torch
 from cases import CELLS, SMALL, TABLE, Case, gradients
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import pyrnnfast
-from pyrnnfast import _cpu, functional
+from pyrnnfast import _cpu, functional, obstacles
 
 _OPERATORS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 OPERATORS = (*_OPERATORS, *(f"{name}_cell" for name in _OPERATORS))
@@ -370,3 +373,35 @@ def test_sorted_indices_without_dimension() -> None:
     packed = pack_padded_sequence(torch.randn(4, 1, 3), torch.tensor([4]))
     broken = PackedSequence(packed.data, packed.batch_sizes, torch.tensor(0), torch.tensor(0))
     assert pyrnnfast.explain(pyrnnfast.GRU(3, 4), broken).path == "torch"
+
+
+@pytest.mark.parametrize("state", ["none", "vmap", "forward_mode", "dispatch", "jit", "onnx", "compiling"])
+def test_what_is_busy_is_what_another_form_or_nobody_serves(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short question of plain.py and the two long ones agree."""
+    found: list[tuple[bool, bool]] = []
+
+    def ask(x: Tensor) -> Tensor:
+        found.append((obstacles.is_busy(), obstacles.form(x) != "eager" or obstacles.recording_obstacle() is not None))
+        return x
+
+    x = torch.ones(2, 3)
+    if state == "none":
+        ask(x)
+    elif state == "vmap":
+        torch.vmap(ask)(x)
+    elif state == "forward_mode":
+        with torch.autograd.forward_ad.dual_level():
+            ask(x)
+    elif state == "dispatch":
+        with FakeTensorMode():
+            ask(x)
+    elif state == "jit":
+        torch.jit.trace(ask, x, check_trace=False)
+    elif state == "onnx":
+        monkeypatch.setitem(sys.modules, obstacles._EXPORTER, types.SimpleNamespace(_is_onnx_exporting=True))
+        ask(x)
+    else:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        ask(x)
+    assert found
+    assert set(found) == {(state != "none",) * 2}

@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../widths.h"
 #include "dispatch.h"
 
 namespace pyrnnfast {
@@ -159,10 +160,6 @@ bool is_last(const Problem& p, bool descending, const Chunk& chunk) {
   return descending ? chunk.first == 0 : chunk.last == p.steps;
 }
 
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
-
-int64_t gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
-
 // A result that may be large: all rows but the last, behind which others' memory may lie.
 struct Result {
   void* data;
@@ -189,7 +186,7 @@ struct Order<Backward> {
   static constexpr bool products_first = false;
   static bool descending(const Backward& p) { return !p.reverse; }
   static std::array<Result, 3> results(const Backward& p) {
-    const int64_t gate_rows = gates_of(p.cell) * p.hidden, element = bytes_of(p.dtype);
+    const int64_t gate_rows = widths_of(p.cell).gates * p.hidden, element = bytes_of(p.dtype);
     return {Result(p.dx, p.offsets[p.steps], element), Result(p.dweight_ih, gate_rows, element),
             Result(p.dweight_hh, gate_rows, element)};
   }
@@ -203,7 +200,7 @@ bool deal_evenly(int64_t blocks, int threads) { return blocks % threads == 0 || 
 // whole tiles.
 // `rows_set`: the threshold, read once for the whole team.
 int groups_of(const Problem& p, int64_t blocks, int64_t rows_set, int threads) {
-  const bool large = gates_of(p.cell) * p.hidden * p.hidden >= kLargeWeights;
+  const bool large = widths_of(p.cell).gates * p.hidden * p.hidden >= kLargeWeights;
   // Of a single step no thread waits for another between steps, and each reads its part of the weights only.
   const bool apart = p.steps == 1 && deal_evenly(blocks, threads);
   const bool share_units = !is_dense(p) || (large && p.batch < kFewRows * threads) || apart;
@@ -223,7 +220,7 @@ Plan make_plan(const Forward& p, const InstructionSet& isa, const Kernel<Forward
   const int64_t rows = p.offsets[p.steps];
   // A first step without a state has no recurrent product: half as much to add up for each row.
   const int64_t depth = p.steps > 1 || p.h0.data != nullptr ? p.inputs + p.hidden : 2 * p.inputs;
-  const bool from_far = gates_of(p.cell) * p.hidden * depth * bytes_of(p.dtype) > kFarWeights;
+  const bool from_far = widths_of(p.cell).gates * p.hidden * depth * bytes_of(p.dtype) > kFarWeights;
   const int64_t read_again = (p.steps - 1) * (from_far ? kRowsPerFarStep : kRowsPerStep);
   const int64_t most = p.steps == 1 ? isa.most_unpacked_rows[static_cast<int>(p.dtype)] : kMostUnpackedRows;
   const int64_t few = std::min(depth / isa.depth_per_row[static_cast<int>(p.dtype)], most) - read_again;
@@ -232,7 +229,7 @@ Plan make_plan(const Forward& p, const InstructionSet& isa, const Kernel<Forward
   if (rows > unpacked_rows.or_else(few)) plan.hidden = p.steps == 1 && groups == 1 ? Packing::at_use : Packing::before;
   plan.input = plan.hidden;
   // Few, so that the chunk stays in the second cache; more where W_ih itself has to come from far away for each chunk.
-  const bool far = gates_of(p.cell) * p.hidden * p.inputs >= (int64_t{2} << 20);
+  const bool far = widths_of(p.cell).gates * p.hidden * p.inputs >= (int64_t{2} << 20);
   plan.chunk_rows = chunk_rows_of(p, chunk_rows.or_else(far ? 512 : 128));
   return plan;
 }
@@ -334,7 +331,7 @@ void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, 
   // A step counts as a row more: even of one row it has to read all the weights.
   const double operations =
       static_cast<double>(rows + p.steps) * static_cast<double>(p.hidden) *
-      (2.0 * static_cast<double>(gates_of(p.cell)) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
+      (2.0 * static_cast<double>(widths_of(p.cell).gates) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
   if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
   const int64_t blocks = kernel.blocks(p.hidden), rows_set = rows_per_thread.or_else(-1);
   const int groups = groups_of(p, blocks, rows_set, threads);

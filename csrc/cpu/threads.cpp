@@ -53,8 +53,9 @@ void enter(void* data) {
   call.body(call.context, call.omp->thread_num(), call.omp->num_threads());
 }
 
-// So often a barrier is looked at before the core is offered to others: the thread that is waited for may be without one,
-// where there are more threads than cores or other programs. Offering takes half a microsecond where nobody wants it.
+// So often a barrier is looked at before the core is offered to others: the thread that is waited for may be without
+// one, where there are more threads than cores or other programs. Offering takes half a microsecond where nobody wants
+// it.
 constexpr int kSpins = 32;
 
 std::atomic_flag team_taken = ATOMIC_FLAG_INIT;

@@ -3,21 +3,18 @@
 
 #include <algorithm>
 
+#include "../widths.h"
+
 namespace pyrnnfast {
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
-
-int element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
-
 // Forward, the products of the input; backward, the gate gradients, the states before, and perhaps x without padding.
 int64_t row_bytes(const Shape& s) {
-  const int wide = s.dtype == Dtype::float64 ? 8 : 4;
-  if (!s.backward) return gates_of(s.cell) * s.hidden * wide;
-  const int64_t dgates = s.cell == CellKind::gru ? 4 : gates_of(s.cell);
-  return ((dgates + 1) * s.hidden + s.inputs) * element_bytes(s.dtype);
+  const Widths& w = widths_of(s.cell);
+  if (!s.backward) return w.gates * s.hidden * std::max(bytes_of(s.dtype), bytes_of(Dtype::float32));
+  return ((w.dgates + 1) * s.hidden + s.inputs) * bytes_of(s.dtype);
 }
 
 }  // namespace
@@ -41,9 +38,9 @@ Plan make_plan(const DeviceProperties& device, const Shape& s, int64_t chunk_byt
   if (s.steps < 2) return by_steps("a single step");
 
   Plan plan = step_plan(s, chunk_bytes, "");
-  const int64_t gates = gates_of(s.cell);
+  const int64_t gates = widths_of(s.cell).gates;
   const int64_t weight_tiles = s.backward ? 1 : gates;  // of kUnits rows
-  const int fragment = depth_of_fragment(element_bytes(s.dtype));
+  const int fragment = depth_of_fragment(static_cast<int>(bytes_of(s.dtype)));
   plan.unit_blocks = ceil_div(s.hidden, kUnits);
   plan.depth = ceil_div(plan.unit_blocks * kUnits * (s.backward ? gates : 1), fragment) * fragment;
   // Of the warp that has most.
