@@ -86,8 +86,7 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
     dense = _run_layers(spec, asked, input.transpose(0, 1) if spec.batch_first else input, None, hx, weights)
     if not spec.batch_first:
         return _as_torch_has_it(*dense)
-    by_batch = (None if t is None else t.transpose(0, 1) for t in (dense.output, dense.cells))
-    return _apart(asked, _as_torch_has_it(next(by_batch), dense.states, *by_batch))
+    return _by_batch(asked, dense)
 
 
 def run_packed(spec: Spec, input: Any, hx: Hidden, extras: Extras, call: Callable[[Any, Any], Any]) -> Any:
@@ -119,6 +118,12 @@ def _apart(asked: str, found: tuple[Any, ...]) -> tuple[Any, ...]:
         return found
     output, states, *cells = found
     return ops.with_own_memory(output), states, *(ops.with_own_memory(t) for t in cells)
+
+
+def _by_batch(asked: str, found: _Found) -> tuple[Any, ...]:
+    """What ``batch_first`` is to give."""
+    views = (None if t is None else t.transpose(0, 1) for t in (found.output, found.cells))
+    return _apart(asked, _as_torch_has_it(next(views), found.states, *views))
 
 
 def _as_torch_has_it(output: Any, states: Any, cells: Any) -> tuple[Any, ...]:
@@ -187,10 +192,7 @@ def _run_masked(spec: Spec, asked: str, input: Tensor, hx: Hidden, weights: Sequ
         None if reset is None else savable((reset.t() if spec.batch_first else reset).to(x.device, non_blocking=True)),
     )
     found = _run_layers(spec, asked, x, own, hx, weights)
-    output, cells = (
-        t.transpose(0, 1) if spec.batch_first and t is not None else t for t in (found.output, found.cells)
-    )
-    return _as_torch_has_it(output, found.states, cells)
+    return _by_batch(asked, found) if spec.batch_first else _as_torch_has_it(*found)
 
 
 def _check_values(lengths: Tensor, steps: int) -> None:

@@ -48,7 +48,8 @@ def call(
         weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction
         otherwise: torch's own way to do it, given input and hx
     """
-    if obstacles.is_busy():
+    cell = CELLS.get(form[0])
+    if cell is None or obstacles.is_busy():
         return None
     rounded_to = None
     if torch.is_autocast_enabled("cpu"):
@@ -58,7 +59,7 @@ def call(
         if step.by_torch:
             return otherwise(input, hx)
         _, input, hx, rounded_to = step
-    has_cell = CELLS[form[0]].has_cell
+    has_cell = cell.has_cell
     batch_sizes = order = None
     x: Any = input
     if isinstance(input, PackedSequence):

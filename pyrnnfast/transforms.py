@@ -5,7 +5,7 @@ gradients of each sample (vmap over grad) come from one pass back through time: 
 sample's weight gradients are products of its own rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class _Layer(torch.autograd.Function):
         data, weights = operands[:3], operands[3:]
         data_dims, weight_dims = in_dims[2:5], in_dims[5:]
         if any(d is not None for d in weight_dims):
-            return _one_by_one(lambda *one: _Layer.apply(cell, keep, *one), info.batch_size, in_dims[2:], operands)
+            return _one_by_one(_Layer, (cell, keep), info.batch_size, in_dims[2:], operands)
         folded = [_fold(t, d, info.batch_size) for t, d in zip(data, data_dims, strict=True)]
         return _unfolded(_Layer.apply(cell, keep, *folded, *weights), info.batch_size)
 
@@ -126,7 +126,7 @@ class _Backward(torch.autograd.Function):
         dims, size = in_dims[3:], info.batch_size
         # dgates have no derivative, so what ordinary autograd will come back to does without them.
         if any(d is not None for d in dims[10:]) or (any(needs[3:]) and differentiable(*operands)):
-            return _one_by_one(lambda *one: _Backward.apply(cell, needs, with_dgates, *one), size, dims, operands)
+            return _one_by_one(_Backward, (cell, needs, with_dgates), size, dims, operands)
         weights = operands[10:]
         folded = [_fold(t, d, size) for t, d in zip(operands[:10], dims, strict=False)]
         own_needs, each_sample = needs[:3] + (False,) * len(weights), any(needs[3:])
@@ -158,13 +158,17 @@ def _unfolded(results: Sequence[Tensor | None], size: int) -> tuple[Tensors, tup
 
 
 def _one_by_one(
-    call: Callable[..., Any], size: int, dims: Sequence[int | None], operands: Sequence[Tensor | None]
+    function: type[torch.autograd.Function],
+    options: tuple[Any, ...],
+    size: int,
+    dims: Sequence[int | None],
+    operands: Sequence[Tensor | None],
 ) -> tuple[Tensors, tuple[int | None, ...]]:
-    """Each of the mapped calls by itself, the results stacked."""
-    runs = [
-        call(*(t if t is None or d is None else t.select(d, k) for t, d in zip(operands, dims, strict=True)))
-        for k in range(size)
-    ]
+    """Each of the mapped calls of a function by itself, the results stacked."""
+    # What apply does besides takes as long as a short layer: only for those who look, other transforms or autograd.
+    call = function.apply if _active() or differentiable(*operands) else function.forward
+    each = [(t,) * size if t is None or d is None else t.unbind(d) for t, d in zip(operands, dims, strict=True)]
+    runs = [call(*options, *one) for one in zip(*each, strict=True)]
     found = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*runs, strict=True))
     return found, tuple(None if t is None else 0 for t in found)
 
