@@ -70,24 +70,34 @@ def plain_step(cell: str, input: Any, hx: Any, weights: Sequence[Any]) -> PlainS
     """
     if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not weights:
         return None
-    if not all(type(w) in PLAIN and w.is_cpu and w.dtype is torch.float32 for w in weights):
+    first = weights[0]
+    if type(first) not in PLAIN or first.dtype is not torch.float32:
         return None
-    shape = weights[0].shape
+    shape = first.shape
     if len(shape) != 2 or input.dim() != 2:
         return None
     has_cell = passes.CELLS[cell].has_cell
     if has_cell and hx is not None and not (isinstance(hx, tuple) and len(hx) == 2):
         return None
     states: tuple[Any, ...] = () if hx is None else hx if has_cell else (hx,)
-    if not all(type(t) in PLAIN and t.is_cpu and t.dtype in (torch.float32, torch.bfloat16) for t in (input, *states)):
-        return None
+    data, wide = (input, *states), True
+    for t in data:
+        if type(t) not in PLAIN or not t.is_cpu:
+            return None
+        if t.dtype is not torch.float32:
+            if t.dtype is not torch.bfloat16:
+                return None
+            wide = False
     rounded_to = torch.bfloat16 if cell in ("rnn_tanh", "rnn_relu") else None
-    if rounded_to is None and _state_dtype(input, hx) is not torch.float32:
+    if rounded_to is None and data[-1].dtype is not torch.float32:
         return None
     if not _suits_float32(cell, len(input), shape[1], shape[0] // passes.CELLS[cell].gates):
-        return PlainStep(True, input, hx, None)
-    x, *wide = (t if t.dtype is torch.float32 else t.float() for t in (input, *states))
-    return PlainStep(False, x, None if hx is None else tuple(wide) if has_cell else wide[0], rounded_to)
+        fits = all(type(w) in PLAIN and w.is_cpu and w.dtype is torch.float32 for w in weights)
+        return PlainStep(True, input, hx, None) if fits else None
+    if not wide:
+        input, *states = (t.float() for t in data)  # type: ignore[assignment]
+        hx = None if hx is None else tuple(states) if has_cell else states[0]
+    return PlainStep(False, input, hx, rounded_to)
 
 
 def narrowed(device: str, spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:

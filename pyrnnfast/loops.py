@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu
+from .autograd import saved_weights
 from .profiling import profiled
 
 # A loop's node costs as much as to make, and add up, so many elements of gradients. Once so many rows of dgates wait,
@@ -68,19 +69,30 @@ class Gradients:
 class Loop:
     """The calls of a cell in a graph, whose nodes keep it alive."""
 
-    __slots__ = ("__weakref__", "_apart", "_cell", "_of_pass", "_places", "gate", "memory", "nothing", "weights")
+    __slots__ = (
+        "__weakref__",
+        "_apart",
+        "_cell",
+        "_of_pass",
+        "_places",
+        "gate",
+        "leaves",
+        "nothing",
+        "saved",
+        "weights",
+    )
 
     def __init__(self, cell: str, weights: tuple[Tensor, ...]) -> None:
         self.weights = weights
         """weight_ih, weight_hh and perhaps bias_ih, bias_hh"""
+        self.saved, self.leaves = saved_weights(weights)
+        """What all steps save of them."""
+        self._places: list[int] = []  # the addresses of those
         self.gate: Tensor | None = None
         """What steps have as an input instead of the weights: a tensor without elements, the result of the loop's node;
         None: there is no node, and they are by themselves."""
         self.nothing: Tensor | None = None
         """The gradient of the gate: hooks of nodes, and checks of anomaly mode, want one."""
-        self.memory: list[Tensor] = []
-        """The weights', when the node was made: what its steps save of them."""
-        self._places: list[int] = []
         self._cell = cell
         # How many more steps go to the weights themselves.
         self._apart = _ELEMENTS_OF_NODE // (weights[0].numel() + weights[1].numel())
@@ -89,6 +101,12 @@ class Loop:
 
     def goes_on(self) -> bool:
         """Whether one more step may take part."""
+        # Other memory, by way of .data, may mean another node, too, that accumulates the weight's gradient. It is
+        # elsewhere for certain, as the old one is kept.
+        if not self._places:
+            self._places = [0 if t is None else t.data_ptr() for t in self.saved]
+        if [weight.data_ptr() for weight in self.weights] != self._places:
+            return False
         if self._apart > 0:
             self._apart -= 1
             return True
@@ -99,12 +117,7 @@ class Loop:
         if self.gate is None:
             self.gate = _apply(self._of_pass, *self.weights)
             self.nothing = self.gate.new_empty(0)
-            self.memory = [weight.detach() for weight in self.weights]
-            self._places = [weight.data_ptr() for weight in self.weights]
-            return True
-        # Other memory, by way of .data, may mean another node that accumulates the weight's gradient. It is elsewhere
-        # for certain, as the old one is kept.
-        return [weight.data_ptr() for weight in self.weights] == self._places
+        return True
 
     def is_wanted(self) -> bool:
         """Whether the backward pass that is going on comes to the loop's node: what is left for it would else stay."""

@@ -139,12 +139,7 @@ class _Plain(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Of a step, only the vanilla RNN's backward looks at h; who else changes theirs in place may.
         y = None if kept and form[3] else results[0]
-        saved: Sequence[Tensor | None]
-        if gate is None:
-            saved, ctx.leaves = saved_weights(weights)
-        else:
-            assert loop is not None
-            saved, ctx.leaves = loop.memory, loop.weights
+        saved, ctx.leaves = saved_weights(weights) if loop is None else (loop.saved, loop.leaves)
         ctx.save_for_backward(x, batch_sizes, h0, c0, y, *kept, *saved)
         return results
 
