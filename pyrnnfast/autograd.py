@@ -93,6 +93,34 @@ def connected(saved: Sequence[Tensor | None], leaves: Sequence[Tensor | None]) -
     ]
 
 
+# To ask takes up to 20 µs: what so many products of a pass take on a core.
+_PRODUCTS_WORTH_ASKING = 1 << 22
+
+
+def needed(ctx: Any, x: Tensor, gates: int) -> Sequence[bool]:
+    """Of each input of a Function, whether the backward pass that is going on comes to where it is from.
+
+    ``ctx.needs_input_grad`` tells that some pass might: in ``torch.autograd.grad(loss, x)`` it has the weights', too.
+
+    Args:
+        x: the data, of whose rows each is multiplied with the rows of weights for ``gates``
+    """
+    if x.numel() * gates < _PRODUCTS_WORTH_ASKING:
+        return ctx.needs_input_grad  # type: ignore[no-any-return]
+    nodes = (node for node, _ in ctx.next_functions if node is not None)  # of each input that requires gradients
+    found = []
+    leaves_asked_for = 0
+    for need in ctx.needs_input_grad:
+        # The one of x may be a leaf, too. The second one that is asked for will be a weight, and all of them are.
+        if need and leaves_asked_for < 2:
+            try:
+                need = torch._C._will_engine_execute_node(next(nodes))
+            except RuntimeError:  # what it does for leaves that torch.autograd.grad is asked for
+                leaves_asked_for += 1
+        found.append(need)
+    return found
+
+
 class _Layer(torch.autograd.Function):
     """y, h_n[, c_n[, cells]] = layer(cell, cell_states, x, steps, h0, c0, *weights)"""
 
@@ -133,7 +161,7 @@ class _Layer(torch.autograd.Function):
         weights, y, kept = rest[:count], rest[count], tuple(rest[count + 1 :])
         if ctx.cell_states:
             kept = side_by_side(kept[0], kept[1], weights)
-        _, _, need_x, _, *needs = ctx.needs_input_grad
+        _, _, need_x, _, *needs = needed(ctx, x, len(weights[0]))
         needs = [need_x, *needs]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)

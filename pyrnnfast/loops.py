@@ -120,7 +120,7 @@ class Loop:
         return True
 
     def is_wanted(self) -> bool:
-        """Whether the backward pass that is going on comes to the loop's node: what is left for it would else stay."""
+        """Whether the backward pass that is going on comes to the loop's node."""
         assert self.gate is not None
         assert self.gate.grad_fn is not None
         return torch._C._will_engine_execute_node(self.gate.grad_fn)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _cpu, amp, layers, loops, obstacles
-from .autograd import beyond_kernels, connected, differentiable_backward, saved_weights, with_own_memory
+from .autograd import beyond_kernels, connected, differentiable_backward, needed, saved_weights, with_own_memory
 from .obstacles import PLAIN, Spec
 from .passes import CELLS
 from .profiling import profiled
@@ -147,9 +147,8 @@ class _Plain(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, batch_sizes, h0, c0, y, *rest = ctx.saved_tensors
         kept, weights = tuple(rest[: ctx.count]), tuple(rest[ctx.count :])
-        _, _, _, _, need_x, _, need_h0, need_c0, in_loop, *needs_weights = ctx.needs_input_grad
-        # Autograd asks for the weights' part wherever it might be wanted, and this pass may be for x's gradient alone.
-        in_loop = in_loop and ctx.loop.is_wanted()
+        _, _, _, _, need_x, _, need_h0, need_c0, in_loop, *needs_weights = needed(ctx, x, len(weights[0]))
+        in_loop = in_loop and ctx.loop.is_wanted()  # else what is left there would stay
         needs = (need_x, need_h0, need_c0, *(needs_weights or (False,) * len(weights)))
         found: Sequence[Tensor | None]
         if not beyond_kernels(grads):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import pyrnnfast
+from pyrnnfast import _cpu, autograd, plain
 
 
 def as_function(case: Case) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -204,3 +206,56 @@ def test_changed_batch_sizes_are_noticed() -> None:
     packed.batch_sizes[:] = torch.tensor([3, 3, 2, 1])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("road", ["plain", "layer by layer"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "GRUCell"])
+def test_only_gradients_that_are_asked_for_are_computed(name: str, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked for, by whichever way, it is as right as when all is computed."""
+    monkeypatch.setattr(autograd, "_PRODUCTS_WORTH_ASKING", 0)
+    if road == "layer by layer":
+        monkeypatch.setattr(plain, "call", lambda *_: None)
+    asked: list[list[bool]] = []
+    long, short = autograd.backward, _cpu.backward_plain
+
+    def watch_long(cell: str, needs: Any, *rest: Any) -> Any:
+        asked.append([bool(n) for n in needs])
+        return long(cell, needs, *rest)
+
+    def watch_short(*operands: Any) -> Any:
+        asked.append(list(operands[5]))
+        return short(*operands)
+
+    monkeypatch.setattr(autograd, "backward", watch_long)
+    monkeypatch.setattr(_cpu, "backward_plain", watch_short)
+    module = getattr(pyrnnfast, name)(3, 5).double()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    leaf = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    if name.endswith("Cell"):
+        leaf = leaf.detach()[0].requires_grad_()
+    weights = dict(module.named_parameters())
+
+    def loss() -> Tensor:
+        out = module(leaf * scale)
+        return (out[0] if isinstance(out, tuple) else out).sin().sum()
+
+    everything = dict(zip(("x", *weights), torch.autograd.grad(loss(), [leaf, *weights.values()]), strict=True))
+    (of_scale,) = torch.autograd.grad(loss(), scale)
+    asked.clear()
+    for wanted in (["x"], ["x", *weights], list(weights), *([w] for w in weights), ["x", list(weights)[1]]):
+        leaves = {"x": leaf} | weights
+        for found, key in zip(torch.autograd.grad(loss(), [leaves[k] for k in wanted]), wanted, strict=True):
+            torch.testing.assert_close(found, everything[key])
+        (needs,) = asked
+        assert needs[0] is ("x" in wanted)
+        assert any(needs[3:]) is any(k in weights for k in wanted)
+        asked.clear()
+    torch.testing.assert_close(torch.autograd.grad(loss(), scale)[0], of_scale)
+    asked.clear()
+    loss().backward(inputs=[weights[w] for w in list(weights)[:1]])
+    loss().backward()
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight.grad, everything[key] * (2 if key == next(iter(weights)) else 1))
+    assert not asked[0][0]
+    assert asked[1][0]
+    assert all(asked[1][3:])
