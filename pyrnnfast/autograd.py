@@ -69,27 +69,43 @@ def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
 
 
 def with_own_memory(t: Tensor | None) -> Tensor | None:
-    """The same values for a graph to save, as the views that torch's modules save are: who gives a leaf other memory,
-    by way of ``.data``, does not change what the graph has."""
-    if t is None or not t.is_leaf:
-        return t
-    return t.view_as(t) if t.requires_grad else t.detach()
+    """Data for a graph to save, as the views that torch's layers save are: who gives a tensor other memory, by way of
+    ``.data``, does not change what the graph has."""
+    return None if t is None else t.view_as(t) if t.requires_grad else t.detach()
 
 
 Weights = tuple[Tensor | None, ...]
 
 
 def saved_weights(weights: Sequence[Tensor | None]) -> tuple[Weights, Weights]:
-    """The same of weights, without a node of the graph for each: what to save, and the leaves to keep beside it."""
-    leaves = tuple(w if w is not None and w.is_leaf else None for w in weights)
-    return tuple(w if leaf is None else leaf.detach() for w, leaf in zip(weights, leaves, strict=True)), leaves
+    """The same of weights that are leaves, without a node of the graph for each: what to save of all, and those leaves
+    that :func:`connected` will want beside it."""
+    saved = tuple(w.detach() if w is not None and w.is_leaf else w for w in weights)
+    return saved, tuple(w if w is not None and w.is_leaf and w.requires_grad else None for w in weights)
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """The values of ``saved``, as a function of ``leaf``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(saved: Tensor, leaf: Tensor) -> Tensor:
+        return saved.view_as(saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
 
 
 def connected(saved: Sequence[Tensor | None], leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
     """What was saved of weights, as functions of them."""
     return [
-        t if leaf is None or t is None else leaf if leaf.data_ptr() == t.data_ptr() else leaf + (t - leaf).detach()
-        for t, leaf in zip(saved, leaves, strict=True)
+        t if t is None or leaf is None else _InPlaceOf.apply(t, leaf) for t, leaf in zip(saved, leaves, strict=True)
     ]
 
 
@@ -111,7 +127,7 @@ def needed(ctx: Any, x: Tensor, gates: int) -> Sequence[bool]:
     found = []
     leaves_asked_for = 0
     for need in ctx.needs_input_grad:
-        # The one of x may be a leaf, too. The second one that is asked for will be a weight, and all of them are.
+        # Leaves are weights, as data come by way of a view. Of two, the others are taken to be asked for, too.
         if need and leaves_asked_for < 2:
             try:
                 need = torch._C._will_engine_execute_node(next(nodes))

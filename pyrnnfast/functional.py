@@ -245,7 +245,7 @@ def _call(
     if len(weights) < 2:
         raise ValueError(f"expected at least weight_ih and weight_hh, got {len(weights)} weights")
     if "bias" not in options:
-        options["bias"] = len(weights) > 2 and weights[2].dim() == 1
+        options["bias"] = len(weights) > 2 and getattr(weights[2], "ndim", 1) == 1
     # Integers, which they are not while torch.jit is tracing.
     spec = Spec(cell, int(weights[0].shape[-1]), int(weights[1].shape[-1]), single_step=single_step, **options)
     if spec.cell_states and cell != "lstm":

@@ -43,7 +43,7 @@ NO_EXTRAS = Extras()
 def extras(lengths: Any = None, reset: Any = None) -> Extras:
     """Of what a caller has given: ``lengths`` may be a list, as for torch's ``pack_padded_sequence``."""
     if isinstance(lengths, (list, tuple)):
-        lengths = torch.tensor(lengths, dtype=None if lengths else torch.int64)
+        lengths = torch.tensor(lengths, dtype=None if lengths else torch.int64, device="cpu")
     return Extras(lengths, reset)
 
 
@@ -117,7 +117,7 @@ def _apart(asked: str, found: tuple[Any, ...]) -> tuple[Any, ...]:
     if asked != "operators":
         return found
     output, states, *cells = found
-    return ops.with_own_memory(output), states, *(ops.with_own_memory(t) for t in cells)
+    return ops.apart(output), states, *(ops.apart(t) for t in cells)
 
 
 def _by_batch(asked: str, found: _Found) -> tuple[Any, ...]:

@@ -76,7 +76,6 @@ class Loop:
         "_of_pass",
         "_places",
         "gate",
-        "leaves",
         "nothing",
         "saved",
         "weights",
@@ -85,7 +84,7 @@ class Loop:
     def __init__(self, cell: str, weights: tuple[Tensor, ...]) -> None:
         self.weights = weights
         """weight_ih, weight_hh and perhaps bias_ih, bias_hh"""
-        self.saved, self.leaves = saved_weights(weights)
+        self.saved, _ = saved_weights(weights)
         """What all steps save of them."""
         self._places: list[int] = []  # the addresses of those
         self.gate: Tensor | None = None

@@ -341,9 +341,9 @@ def _copied(t: Tensor) -> Tensor:
     return t.clone()
 
 
-def with_own_memory(t: Tensor) -> Tensor:
-    """A view of a layer's output as a result of a call: a copy, if backward needs the output."""
-    found: Tensor = torch.ops.pyrnnfast.copy(t) if t.requires_grad else t
+def apart(t: Tensor) -> Tensor:
+    """A view of a layer's output as a result of a call: a copy, if backward in a compiled graph may need the output."""
+    found: Tensor = torch.ops.pyrnnfast.copy(t) if t.requires_grad and not torch.compiler.is_exporting() else t
     return found
 
 

@@ -94,8 +94,9 @@ def call(
     results, kept = found
     if kept is not None:
         h0, c0 = hx if has_cell and hx is not None else (hx, None)
-        x = with_own_memory(layers.savable(x))  # it may be features of a frozen model
-        h0, c0 = with_own_memory(h0), with_own_memory(c0)
+        x = layers.savable(x)  # it may be features of a frozen model
+        if not form[3]:  # torch's cells save data as they are
+            x, h0, c0 = with_own_memory(x), with_own_memory(h0), with_own_memory(c0)
         sizes = None if batch_sizes is None else layers.savable(batch_sizes)
         loop = loops.join(form[0], weights) if form[3] else None
         if loop is None or loop.gate is None:
@@ -139,7 +140,7 @@ class _Plain(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Of a step, only the vanilla RNN's backward looks at h; who else changes theirs in place may.
         y = None if kept and form[3] else results[0]
-        saved, ctx.leaves = saved_weights(weights) if loop is None else (loop.saved, loop.leaves)
+        saved, ctx.leaves = saved_weights(weights) if loop is None else (loop.saved, loop.weights)
         ctx.save_for_backward(x, batch_sizes, h0, c0, y, *kept, *saved)
         return results
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor
 
 from . import _cpu
 from .autograd import (
@@ -216,6 +216,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
+def _inside(t: Tensor | None) -> Tensor | None:
+    """What ``torch.vmap`` has wrapped: the wrapper says nothing of gradients."""
+    while t is not None and is_functorch_wrapped_tensor(t):
+        t = get_unwrapped(t)
+    return t
+
+
 def on_kernels() -> bool:
     """Whether the kernels serve the transforms that are active, of dense data; forward mode is one of them.
 
@@ -241,6 +248,6 @@ def layer(
 ) -> Outputs:
     """:func:`pyrnnfast.autograd.layer` under the transforms that are active."""
     assert batch_sizes is None
-    keep = TransformType.Grad in _active() or differentiable(x, h0, c0, *weights)
+    keep = TransformType.Grad in _active() or differentiable(*map(_inside, (x, h0, c0, *weights)))
     y, h_n, c_n, cells, _ = _Layer.apply(cell, keep, x, h0, c0, *weights)
     return Outputs(y, h_n, c_n, cells if cell_states else None)

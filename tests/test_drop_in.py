@@ -333,8 +333,8 @@ def test_a_changed_weight_is_noticed(case: Case) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.parametrize("road", ["plain", "layer by layer", "twice"])
 def test_a_graph_keeps_the_memory_it_was_made_with(case: Case, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever gives weights, input or states other memory before backward, as quantizers do, gets the derivative at the
-    values that the forward pass had."""
+    """Whoever gives weights, or data of layers, other memory before backward, as quantizers do, gets the derivative at
+    the values that the forward pass had."""
     if road == "layer by layer":
         monkeypatch.setattr(plain, "call", lambda *_: None)
     found = []
@@ -342,11 +342,12 @@ def test_a_graph_keeps_the_memory_it_was_made_with(case: Case, road: str, monkey
         module = case.module(pyrnnfast, torch.float64)
         x, states = case.operands(torch.float64)
         operands = (x, *states, *module.parameters())
-        outputs = case.run(module, x, states)
+        data = tuple(t * 1 for t in (x, *states))
+        outputs = case.run(module, data[0], data[1:])
         loss = torch.stack([t.square().sum() for t in outputs.values()]).sum()
         if changed:
-            for t in operands:
-                t.data = t.data * 2
+            for t in module.parameters() if case.single_step else (*operands, *data):
+                t.data = t.data * 1e8
         if road == "twice":
             first = torch.autograd.grad(loss, operands, create_graph=True)
             loss = torch.stack([g.square().sum() for g in first]).sum()

@@ -353,6 +353,8 @@ def test_lengths_as_a_list(given: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert pyrnnfast.explain(module, x, lengths=given).path == "fused"
     assert module(x[:, :0], lengths=[])[0].shape == (T, 0, H)
+    with torch.device("meta"):
+        torch.testing.assert_close(module(x, lengths=given), expected, rtol=0, atol=0)
 
 
 # What is refused ---------------------------------------------------------------------------------------------------

@@ -156,6 +156,33 @@ def test_gradient_through_vmap_by_autograd(case: Case) -> None:
     assert_close(*results)
 
 
+@pytest.mark.parametrize("mapped", ["weights", "input", "both"])
+@every_case
+def test_gradient_of_what_is_mapped_by_autograd(case: Case, mapped: str) -> None:
+    """Nothing that is not mapped asks for gradients: an ensemble that is trained, or attributions of a frozen model."""
+    ours, theirs, parameters, x, states = problem(case)
+    x, states = x.detach(), tuple(s.detach() for s in states)
+    own = {name: torch.stack([p * (1 + 0.1 * k) for k in range(SAMPLES)]) for name, p in parameters.items()}
+    given = own if mapped != "input" else parameters
+    xs = several(x, 1).detach() if mapped != "weights" else x
+    leaves = [*(p.requires_grad_() for p in own.values() if mapped != "input"), *([xs] if mapped != "weights" else [])]
+    xs.requires_grad_(mapped != "weights")
+    dims = (None if mapped == "input" else 0, None if mapped == "weights" else 0, None)
+    values = torch.func.vmap(ours, in_dims=dims)(given, xs, states)
+    expected = torch.stack(
+        [
+            theirs(
+                given if mapped == "input" else {name: p[k] for name, p in given.items()},
+                xs if mapped == "weights" else xs[k],
+                states,
+            )
+            for k in range(SAMPLES)
+        ]
+    )
+    found, right = (torch.autograd.grad(v.sum(), leaves) for v in (values, expected))
+    assert_close((values, found), (expected, right))
+
+
 @every_case
 def test_forward_mode(case: Case) -> None:
     ours, theirs, parameters, x, states = problem(case)
