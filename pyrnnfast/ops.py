@@ -343,7 +343,9 @@ def _copied(t: Tensor) -> Tensor:
 
 def apart(t: Tensor) -> Tensor:
     """A view of a layer's output as a result of a call: a copy, if backward in a compiled graph may need the output."""
-    found: Tensor = torch.ops.pyrnnfast.copy(t) if t.requires_grad and not torch.compiler.is_exporting() else t
+    # Exported, operators are autograd's own business. (Dynamo of torch 2.11 takes all that it compiles for exported.)
+    exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    found: Tensor = torch.ops.pyrnnfast.copy(t) if t.requires_grad and not exported else t
     return found
 
 
