@@ -240,6 +240,8 @@ def obstacle(
         check_packed(spec, asked, input)
     if spec.cell not in passes.CELLS:
         return f"there is no kernel for the cell {spec.cell!r}"
+    if spec.hidden_size == 0:
+        return "there are no hidden units"
     if spec.proj_size:
         return "a projection (proj_size) is left to torch"
     if asked != "eager":

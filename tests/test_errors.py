@@ -212,6 +212,15 @@ def test_an_lstm_cell_state_that_is_no_pair(hx: Any) -> None:
     assert cell(ones(2, 3))[0].shape == (2, 4)
 
 
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_a_cell_without_units(name: str) -> None:
+    """torch's layers refuse it, its cells do not."""
+    cells = [getattr(library, name + "Cell")(3, 0) for library in (torch.nn, pyrnnfast)]
+    found = [cell(ones(2, 3)) for cell in cells]
+    torch.testing.assert_close(*found)
+    assert (found[1][0] if name == "LSTM" else found[1]).shape == (2, 0)
+
+
 @pytest.mark.parametrize("case", [Case(c, single_step=s) for c in CELLS for s in (False, True)], ids=str)
 def test_an_empty_batch_is_answered_as_torch_does(case: Case) -> None:
     x = ones(0, 3) if case.single_step else ones(2, 0, 3)
