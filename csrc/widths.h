@@ -1,5 +1,4 @@
-// What follows from the kind of a cell and from a dtype. For files that no instruction set has to itself: the functions
-// are inline, and the linker keeps one copy.
+// What follows from the kind of a cell and from a dtype.
 #pragma once
 
 #include "cells.h"
@@ -18,6 +17,8 @@ struct Widths {
   }
 };
 
+namespace {  // as the cells are
+
 inline const Widths& widths_of(CellKind cell) {
   // In the order of CellKind.
   static constexpr Widths widths[kCellKinds] = {Widths::of<Rnn<false>>(), Widths::of<Rnn<true>>(), Widths::of<Gru>(),
@@ -27,4 +28,5 @@ inline const Widths& widths_of(CellKind cell) {
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
+}  // namespace
 }  // namespace pyrnnfast

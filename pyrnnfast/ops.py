@@ -331,12 +331,12 @@ def _flops_back(
 # What a compiled graph returns as a view of something that it keeps for backward, anybody may change in place, and
 # autograd does not notice. Opaque, as Inductor takes a clone of the same strides out.
 torch.library.define("pyrnnfast::copy", "(Tensor t) -> Tensor")
-torch.library.impl("pyrnnfast::copy", _DEVICES, lambda t: _copied(t))
-torch.library.register_fake("pyrnnfast::copy", lambda t: torch.empty_like(t))
+torch.library.register_fake("pyrnnfast::copy", torch.empty_like)
 torch.library.register_autograd("pyrnnfast::copy", lambda _, grad: grad)
 
 
-def _copied(t: Tensor) -> Tensor:
+@torch.library.impl("pyrnnfast::copy", _DEVICES)
+def _copy(t: Tensor) -> Tensor:
     _refuse_forward_mode()
     return t.clone()
 

@@ -35,14 +35,20 @@ def on(device: torch.device, found: Segments) -> Segments:
     return found._replace(**moved)
 
 
+def inside(t: Tensor) -> Tensor:
+    """The tensor that the transforms of torch.func have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
 def values(t: Tensor) -> NDArray[Any]:
     """What is in a tensor.
 
     Inside torch.func's transforms too: they wrap whatever goes through one of torch's operators, and the memory of a
     wrapped tensor cannot be read. What vmap maps over comes with that dimension.
     """
-    while torch._C._functorch.is_functorch_wrapped_tensor(t):
-        t = torch._C._functorch.get_unwrapped(t)
+    t = inside(t)
     with torch._C._DisableFuncTorch():
         t = t.cpu()
         if t.numel() > 0 and t.data_ptr() == 0:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 from . import _cpu
 from .autograd import (
@@ -22,6 +22,7 @@ from .autograd import (
     second_backward,
 )
 from .passes import CELLS, Tensors, Upstream, backward, forward, room_for_cells, room_for_gates, side_by_side, sizes
+from .segments import inside
 
 # What the functions below are made for, the outermost first.
 _SERVED = (
@@ -216,13 +217,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _inside(t: Tensor | None) -> Tensor | None:
-    """What ``torch.vmap`` has wrapped: the wrapper says nothing of gradients."""
-    while t is not None and is_functorch_wrapped_tensor(t):
-        t = get_unwrapped(t)
-    return t
-
-
 def on_kernels() -> bool:
     """Whether the kernels serve the transforms that are active, of dense data; forward mode is one of them.
 
@@ -248,6 +242,9 @@ def layer(
 ) -> Outputs:
     """:func:`pyrnnfast.autograd.layer` under the transforms that are active."""
     assert batch_sizes is None
-    keep = TransformType.Grad in _active() or differentiable(*map(_inside, (x, h0, c0, *weights)))
+    keep = TransformType.Grad in _active() or differentiable(
+        # What vmap has wrapped says nothing of gradients by itself.
+        *(None if t is None else inside(t) for t in (x, h0, c0, *weights))
+    )
     y, h_n, c_n, cells, _ = _Layer.apply(cell, keep, x, h0, c0, *weights)
     return Outputs(y, h_n, c_n, cells if cell_states else None)
