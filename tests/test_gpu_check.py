@@ -859,9 +859,14 @@ def test_a_record_of_no_commit_is_refused() -> None:
 def test_the_table_of_a_record() -> None:
     text = report.table(made())
     # Of the two paths of the row, the faster one.
-    assert text.splitlines()[2:] == ["| bfloat16, one launch | 1 | 2.00 | 2.00 | 2.00 | none |"]
+    one = "| 1 | 2.00 | 2.00 | 2.00 | 2.00 | none |"
+    assert text.splitlines()[2:] == [f"| bfloat16, one launch {one}", f"| bfloat16, TF32, GRU, packed {one}"]
     slower = made(lambda stages: stages["benchmark"]["rows"].__setitem__(1, entry("persistent", 4.0)))
-    assert "| bfloat16, by steps | 1 | 0.67 | 0.67 | 0.67 | 1 |" in report.table(slower)
+    # By default cuDNN has it.
+    assert "| bfloat16, by steps | 1 | 0.67 | 1.00 | 0.67 | 0.67 | 1 |" in report.table(slower)
+    like_cudnn = entry("persistent", 1.6) | {"dtype": "float16", "shape": [128, 16, 512, 512]}
+    also = made(lambda stages: stages["benchmark"]["rows"].append(like_cudnn))
+    assert "| LSTMs that cuDNN has in one launch | 1 |" in report.table(also)
 
 
 def test_the_picture_of_a_record(tmp_path: Path) -> None:

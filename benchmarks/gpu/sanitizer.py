@@ -4,8 +4,8 @@ Only kernels of ours are looked at: those with ``pyrnnfast``, their namespace, i
 exception: it has to see all kernels, as memory written by one that it does not watch counts as never written; of what
 it then reports, only what it says of our kernels counts. Nor does it see what the copy engine writes, by which some of
 cuBLAS's kernels do: there NaN is written first. And it is given one launch at a time: with two streams at work it once
-named numbers as never written that a kernel had written, in the same stream, right before (h200.json). What streams owe
-to each other it thus does not see; tests/gpu compares what they make.
+named numbers as never written that a kernel had written, in the same stream, right before; so it names none. What
+streams owe to each other it thus does not see; tests/gpu compares what they make.
 
 A tool that says nothing proves nothing, so each is first run on a program with a mistake of its kind (planted.cu),
 which it has to find; and an output without the tool's summary, or of an exercise that did not get to its end, is a
