@@ -176,7 +176,8 @@ py::dict plan_as_dict(const py::args& args, const py::kwargs& kwargs) {
     found["together"] = plan.together;
     found["blocks"] = plan.blocks;
     found["shared_bytes"] = plan.shared_bytes;
-    found["spare_fragments"] = plan.spare_fragments;
+    found["spare"] = plan.spare;
+    found["exchange_words"] = plan.exchange_words;
   }
   return found;
 }

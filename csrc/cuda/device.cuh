@@ -67,8 +67,8 @@ struct DeviceBlock {
 
   __device__ void meet() { __syncthreads(); }
 
-  // Words of other blocks, as they are at this moment, where they are wanted. Predicated, not branched around, so that
-  // several are under way at once.
+  // Words of other blocks as they are at this moment, and for them, where that is wanted. Predicated, not branched
+  // around, so that several are under way at once.
   __device__ void load(Words& to, const uint32_t* from, bool wanted) {
     asm volatile(
         "{\n"
@@ -81,6 +81,17 @@ struct DeviceBlock {
         : "memory");
   }
 
+  __device__ void store(const Words& words, uint32_t* to, bool wanted) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.s32 p, %5, 0;\n"
+        "@p st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};\n"
+        "}" ::"l"(to),
+        "r"(words.word[0]), "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3]), "r"(static_cast<int>(wanted))
+        : "memory");
+  }
+
   __device__ bool all(Each<bool>& each) { return __all_sync(0xffffffffu, each.value); }
 
   // sum [16, 8] += weights [16, depth] · from [depth, 8], in two products of half the depth.
@@ -88,28 +99,34 @@ struct DeviceBlock {
   __device__ void multiply(Each<WeightWords>& weights, Each<Words>& from, Each<Sums4>& sum) {
     const Words &low = weights.value.low, &high = weights.value.high, &b = from.value;
     float (&s)[4] = sum.value.value;
-    multiply_half(E{}, low.word[0], high.word[0], low.word[1], high.word[1], b.word[0], b.word[1], s);
-    multiply_half(E{}, low.word[2], high.word[2], low.word[3], high.word[3], b.word[2], b.word[3], s);
+    product(E{}, low.word[0], high.word[0], low.word[1], high.word[1], b.word[0], b.word[1], s);
+    product(E{}, low.word[2], high.word[2], low.word[3], high.word[3], b.word[2], b.word[3], s);
+  }
+  // In one, words of the weights by turns of rows lane / 4 and lane / 4 + 8.
+  template <class E>
+  __device__ void multiply(Each<Words>& weights, Each<WordPair>& from, Each<Sums4>& sum) {
+    const Words& a = weights.value;
+    product(E{}, a.word[0], a.word[1], a.word[2], a.word[3], from.value.word[0], from.value.word[1], sum.value.value);
   }
 
  private:
-  __device__ static void multiply_half(Bfloat16, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                       uint32_t b1, float (&s)[4]) {
+  __device__ static void product(Bfloat16, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+                                 float (&s)[4]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
         "%2, "
         "%3};"
         : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
-  __device__ static void multiply_half(Float16, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                       uint32_t b1, float (&s)[4]) {
+  __device__ static void product(Float16, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+                                 float (&s)[4]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
         : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
-  __device__ static void multiply_half(float, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                       uint32_t b1, float (&s)[4]) {
+  __device__ static void product(float, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+                                 float (&s)[4]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
         : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])

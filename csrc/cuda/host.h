@@ -76,6 +76,10 @@ class HostBlock {
     for (int i = 0; i < 4 && wanted; ++i) to.word[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
   }
 
+  void store(const Words& words, uint32_t* to, bool wanted) {
+    for (int i = 0; i < 4 && wanted; ++i) __atomic_store_n(to + i, words.word[i], __ATOMIC_RELAXED);
+  }
+
   bool all(EachLane<bool>& each) {
     pause();
     for (const bool one : each.value) {
@@ -90,26 +94,38 @@ class HostBlock {
   // sum [16, 8] += weights [16, depth] · from [depth, 8], as mma.sync.m16n8 lays its fragments out.
   template <class E>
   void multiply(EachLane<WeightWords>& weights, EachLane<Words>& from, EachLane<Sums4>& sum) {
-    constexpr int count = 16 / sizeof(E);
+    product<E>(
+        [&](int lane, int row, int word) { return (row < 8 ? weights[lane].low : weights[lane].high).word[word]; },
+        from, sum);
+  }
+  template <class E>
+  void multiply(EachLane<Words>& weights, EachLane<WordPair>& from, EachLane<Sums4>& sum) {
+    product<E>([&](int lane, int row, int word) { return weights[lane].word[2 * word + row / 8]; }, from, sum);
+  }
+
+ private:
+  template <class E, class WordOf, class From>
+  static void product(const WordOf& word_of, EachLane<From>& from, EachLane<Sums4>& sum) {
+    constexpr int count = 4 / sizeof(E);
     for (int row = 0; row < 16; ++row) {
       for (int column = 0; column < 8; ++column) {
         float total = 0;
         for (int q = 0; q < 4; ++q) {
-          const WeightWords& both = weights[row % 8 * 4 + q];
-          const Words& own = row < 8 ? both.low : both.high;
-          const Words& other = from[column * 4 + q];
-          E a[count], b[count];
-          memcpy(a, &own, sizeof(a));
-          memcpy(b, &other, sizeof(b));
-          for (int j = 0; j < count; ++j)
-            total += static_cast<float>(widened(a[j])) * static_cast<float>(widened(b[j]));
+          const From& other = from[column * 4 + q];
+          for (int word = 0; word < static_cast<int>(sizeof(From) / 4); ++word) {
+            const uint32_t own = word_of(row % 8 * 4 + q, row, word);
+            E a[count], b[count];
+            memcpy(a, &own, sizeof(a));
+            memcpy(b, &other.word[word], sizeof(b));
+            for (int j = 0; j < count; ++j)
+              total += static_cast<float>(widened(a[j])) * static_cast<float>(widened(b[j]));
+          }
         }
         sum[row % 8 * 4 + column / 2].value[row / 8 * 2 + column % 2] += total;
       }
     }
   }
 
- private:
   void pause() {
     if (delays().seed == 0) return;
     std::this_thread::sleep_for(std::chrono::microseconds(generator_() % 4 == 0 ? generator_() % 300 : 0));

@@ -135,6 +135,16 @@ struct Tagged {
   }
 };
 
+// A part of a sum, handed over in the same way: in float32, but for the two lowest bits, which are the tag.
+struct Part {
+  static constexpr uint32_t kTag = 3;
+
+  PYRNNFAST_HD static uint32_t tag(int64_t step) { return static_cast<uint32_t>(step + 1) & kTag; }
+  PYRNNFAST_HD static uint32_t tag_of(uint32_t word) { return word & kTag; }
+  PYRNNFAST_HD static float value(uint32_t word) { return same_bits<float>(word & ~kTag); }
+  PYRNNFAST_HD static uint32_t from(float value, uint32_t tag) { return (same_bits<uint32_t>(value) & ~kTag) | tag; }
+};
+
 // The arithmetic of cells.h, one number at a time. exp and tanh are those of CUDA's library, not the approximate ones:
 // at most 2 units in the last place.
 template <class T>

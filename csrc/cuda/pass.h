@@ -15,6 +15,7 @@
 #include "elements.h"
 #include "persistent.h"
 #include "plan.h"
+#include "scatter.h"
 
 namespace pyrnnfast {
 namespace {
@@ -78,17 +79,17 @@ struct Direction {
   }
 
   int64_t* device_offsets = nullptr;  // [T + 1], where the batch size changes
-  uint32_t* exchange = nullptr;       // [2, padded rows, depth]
+  uint32_t* exchange = nullptr;       // two
 
   void take_common(Arena& arena) {
     if (!dense()) device_offsets = arena.take<int64_t>(p.steps + 1);
-    if (plan.persistent) exchange = arena.take<uint32_t>(2 * padded_rows() * plan.depth);
+    if (plan.persistent) exchange = arena.take<uint32_t>(2 * plan.exchange_words);
   }
 
   template <class M>
   void begin_common(M& m) const {
     if (device_offsets != nullptr) m.put(device_offsets, p.offsets, p.steps + 1);
-    if (plan.persistent) m.zero(exchange, 2 * padded_rows() * plan.depth * static_cast<int64_t>(sizeof(uint32_t)));
+    if (plan.persistent) m.zero(exchange, 2 * plan.exchange_words * static_cast<int64_t>(sizeof(uint32_t)));
   }
 
   Flow flow() const {
@@ -104,18 +105,15 @@ struct Direction {
     return f;
   }
 
-  int64_t padded_rows() const { return plan.row_groups * plan.row_tiles * kTileRows; }
-
   template <class Run>
   void fill_common(Run& run, const Steps& s) const {
     run.first = s.first;
     run.last = s.last;
     run.descending = descending();
     run.unit_blocks = static_cast<int>(plan.unit_blocks);
-    run.depth = static_cast<int>(plan.depth);
-    run.half = static_cast<int>(padded_rows() * plan.depth);
+    run.half = static_cast<int>(plan.exchange_words);
     run.exchange = exchange;
-    run.spare_fragments = static_cast<int>(plan.spare_fragments);
+    run.spare = static_cast<int>(plan.spare);
   }
 };
 
@@ -191,6 +189,7 @@ struct ForwardPass : Direction<Forward, false> {
     run.h_n = view<E>(p.h_n);
     run.c_n = view<E>(p.c_n);
     run.c = c;
+    run.depth = static_cast<int>(plan.depth);
     run.starts_with_zeros = p.h0.data == nullptr;
     return run;
   }
@@ -326,7 +325,6 @@ struct BackwardPass : Direction<Backward, true> {
     run.carry = carry;
     run.states = wants_states();
     run.sums = sums_of_dgates;
-    run.starts_with_zeros = true;
     return run;
   }
 

@@ -1,4 +1,5 @@
-// The persistent form: the recurrence of a chunk of steps in one launch, the recurrent weights kept on the chip.
+// The persistent form: the recurrence of a chunk of steps in one launch, the recurrent weights kept on the chip. Here
+// forward, and what both passes have in common; back through time: scatter.h.
 //
 // A block owns kUnits hidden units of a group of sequences, and for a step computes
 //   product [weight rows, sequences] = its rows of the weights · exchange of the step before
@@ -6,11 +7,12 @@
 // part of the next exchange.
 //
 // Blocks meet nowhere but in the exchange, where the data is its own flag: each number is a word of 32 bits that is
-// written at once, the low ones of which say of which step it is (Tagged, in numbers.h). A warp loads what it needs,
-// and again as long as not all of it is of the step. There are two exchanges, used by turns. Nobody writes one that is
-// still being read: before a block writes step s + 1, its warps together have seen step s of all blocks, and have met;
-// and those blocks had read the exchange of step s − 1 before. Neither fences nor flags are wanted, as nothing but the
-// words themselves is handed over. The exchanges begin with zeros, which have the tag of a step that is far away.
+// written at once, the low ones of which say of which step it is (Tagged and Part, in numbers.h). A warp loads what it
+// needs, and again as long as not all of it is of the step. There are two exchanges, used by turns. Nobody writes one
+// that is still being read: before a block writes step s + 1, its warps together have seen step s of all blocks, and
+// have met; and those blocks had read the exchange of step s − 1 before. Neither fences nor flags are wanted, as
+// nothing but the words themselves is handed over. The exchanges begin with zeros, which have the tag of a step that is
+// far away.
 //
 // A Block gives the code its threads: on the device those of CUDA (device.cuh); in the tests loops, and a std::thread
 // for each block (host.h). `Each…` are what a lane, warp or thread keeps to itself. All loops over fragments that are
@@ -32,12 +34,12 @@ struct Words {
   uint32_t word[4];
 };
 
-// Whether all of them are of the step.
-template <class E>
+// Whether all of them are of the step. Format: Tagged or Part.
+template <class Format>
 PYRNNFAST_HD bool are_of(const Words& words, uint32_t tag) {
   const uint32_t one = (words.word[0] ^ tag) | (words.word[1] ^ tag),
                  other = (words.word[2] ^ tag) | (words.word[3] ^ tag);
-  return Tagged<E>::tag_of(one | other) == 0;
+  return Format::tag_of(one | other) == 0;
 }
 
 // Words of the exchange that a lane loads for a fragment.
@@ -72,9 +74,60 @@ struct WeightWords {
   Words low, high;
 };
 
-// `block`: the number of its units; `group`: of its sequences.
+// The elements of a block: of each thread some, all of one unit.
 template <class Tail, int RowTiles, class Block>
-PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t unit_block, int64_t group) {
+class Elements {
+ public:
+  static constexpr int kRows = RowTiles * kTileRows, kOfThread = (kRows * kUnits + kThreads - 1) / kThreads;
+  static_assert(kThreads % kUnits == 0, "all elements of a thread are of one unit");
+
+  struct Own {
+    typename Tail::OfUnit of_unit;
+    typename Tail::Element element[kOfThread];
+  };
+
+  PYRNNFAST_DEVICE Elements(const typename Tail::Run& run, Block& block, int64_t unit_block, int64_t group)
+      : run_(run), block_(block), first_unit_(unit_block * kUnits), first_row_(group * kRows) {}
+
+  PYRNNFAST_DEVICE Own& of(int thread) { return threads_[thread]; }
+
+  // body(own, element, row of the block, unit of the block, row of the batch, unit) where there is such; other(row,
+  // unit) of units that are none.
+  template <class Body, class Other>
+  PYRNNFAST_DEVICE void each(const Body& body, const Other& other) {
+    block_.each_thread([&](int thread) {
+#pragma unroll
+      for (int i = 0; i < kOfThread; ++i) {
+        const int place = i * kThreads + thread, row = row_of(place / kUnits);
+        const int64_t unit = first_unit_ + place % kUnits;
+        if (place >= kRows * kUnits || first_row_ + row >= run_.layer.flow.batch) continue;
+        if (unit < run_.layer.hidden) {
+          body(threads_[thread], threads_[thread].element[i], row, place % kUnits, first_row_ + row, unit);
+        } else {
+          other(first_row_ + row, unit);
+        }
+      }
+    });
+  }
+  template <class Body>
+  PYRNNFAST_DEVICE void each(const Body& body) {
+    each(body, [](int64_t, int64_t) {});
+  }
+
+ private:
+  // The two rows of a warp are four apart, so that their sums, whose rows are 4 banks apart, do not lie in the same
+  // banks of shared memory.
+  PYRNNFAST_DEVICE static int row_of(int index) { return (index & ~7) | (index & 1) << 2 | (index >> 1 & 3); }
+
+  const typename Tail::Run& run_;
+  Block& block_;
+  const int64_t first_unit_, first_row_;
+  typename Block::template EachThread<Own> threads_;
+};
+
+// `unit_block`: the number of its units; `group`: of its sequences.
+template <class Tail, int RowTiles, class Block>
+PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block, int64_t unit_block, int64_t group) {
   using E = typename Tail::Number;
   constexpr int weight_tiles = Tail::weight_tiles, rows = RowTiles * kTileRows;
   constexpr int held = held_fragments(weight_tiles, RowTiles);
@@ -84,54 +137,30 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
   const auto depth_of = [](int lane, int element) {
     return element / kLoadWords * kLoadedTogether + lane % 4 * kLoadWords + element % kLoadWords;
   };
-  constexpr int sum_stride = weight_tiles * kUnits + 4;  // against bank conflicts
+  constexpr int stride = sum_stride(weight_tiles);
   // Fragments that are loaded together, and chains of products that do not wait for each other.
   constexpr int at_once = RowTiles == 1 && weight_tiles == 4 && loads == 2 ? 2 : 4 / RowTiles,
                 chains = weight_tiles == 1 ? at_once : 1;
-  constexpr int elements = (rows * kUnits + kThreads - 1) / kThreads;
 
   struct Fragments {
     typename Block::template EachLane<WeightWords> tile[held > 0 ? held : 1][weight_tiles];
   };
-  struct Elements {
-    typename Tail::OfUnit of_unit;
-    typename Tail::Element element[elements];
-  };
   typename Block::template EachWarp<Fragments> weights;
-  typename Block::template EachThread<Elements> threads;
+  Elements<Tail, RowTiles, Block> elements(run, block, unit_block, group);
   // Of each warp, fragment, tile: the low half of all lanes, then the high one, against bank conflicts.
   Words* const spare = block.template shared<Words>();
-  // [warp, row, sum_stride]
-  float* const sums = reinterpret_cast<float*>(spare + kWarps * run.spare_fragments * weight_tiles * 2 * kLanes);
+  // [warp, row, tile, unit]
+  float* const sums = reinterpret_cast<float*>(spare + kWarps * run.spare * weight_tiles * 2 * kLanes);
   const auto spare_of = [&](int warp, int64_t index, int tile) {
-    return spare + ((warp * run.spare_fragments + index) * weight_tiles + tile) * 2 * kLanes;
+    return spare + ((warp * run.spare + index) * weight_tiles + tile) * 2 * kLanes;
   };
 
   const int64_t row_begin = group * rows;
   const int fragments = run.depth / fragment;
   const auto begin_of = [&](int warp) { return fragments * warp / kWarps; };
   // The depth that some block writes; what is beyond fills a fragment.
-  const int written = run.unit_blocks * kUnits * Tail::gates_of_exchange;
+  const int written = run.unit_blocks * kUnits;
   const int tile_stride = kTileRows * run.depth;
-
-  static_assert(kThreads % kUnits == 0, "all elements of a thread are of one unit");
-  // The elements of a thread: (row of the batch, unit), where there is such; `other` of units that are none.
-  const auto each_place = [&](const auto& body, const auto& other) {
-    block.each_thread([&](int thread) {
-#pragma unroll
-      for (int i = 0; i < elements; ++i) {
-        const int place = i * kThreads + thread, row = place / kUnits;
-        const int64_t unit = unit_block * kUnits + place % kUnits;
-        if (row >= rows || row_begin + row >= run.layer.flow.batch) continue;
-        if (unit < run.layer.hidden) {
-          body(threads[thread], threads[thread].element[i], row, place % kUnits, row_begin + row, unit);
-        } else {
-          other(row_begin + row, unit);
-        }
-      }
-    });
-  };
-  const auto each_element = [&](const auto& body) { each_place(body, [](int64_t, int64_t) {}); };
 
   block.each_warp([&](int warp) {
     const auto words = [&](int tile, int row, int64_t index, int lane) {
@@ -169,22 +198,14 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
       }
     });
   });
-  if constexpr (Tail::summed > 0) {
-    block.each_thread([&](int thread) {
-#pragma unroll
-      for (int i = 0; i < elements * Tail::summed; ++i)
-        threads[thread].element[i / Tail::summed].sum[i % Tail::summed] = 0;
-    });
-  }
-  each_place(
+  elements.each(
       [&](auto& own, auto& e, int, int, int64_t row, int64_t unit) { Tail::begin(run, own.of_unit, e, row, unit); },
       [&](int64_t row, int64_t unit) {
         if (run.first == 0 && !run.starts_with_zeros) Tail::blank(run, 0, row, unit);
       });
 
-  const int64_t last = run.last_sweep_step();
-  for (int64_t step = run.first; step < last; ++step) {
-    each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::fetch(run, step, e, row, unit); });
+  for (int64_t step = run.first; step < run.last; ++step) {
+    elements.each([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::fetch(run, step, e, row, unit); });
     block.each_warp([&](int warp) {
       const int first = begin_of(warp), count = begin_of(warp + 1) - first;
       typename Block::template EachLane<Sums4> sum[chains][weight_tiles][RowTiles];
@@ -226,7 +247,7 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
                   Words& part = from[g][n][lane].part[k];
                   const bool present = row_is_there && begin + g < end && first * fragment + depth < written;
                   block.load(part, source[lane] + n * tile_stride + depth,
-                             present && (!again || !are_of<E>(part, tag)));
+                             present && (!again || !are_of<Tagged<E>>(part, tag)));
                 }
               }
             }
@@ -235,7 +256,7 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
             bool all = true;
 #pragma unroll
             for (int i = 0; i < at_once * RowTiles * loads; ++i) {
-              all &= are_of<E>(from[i / (RowTiles * loads)][i / loads % RowTiles][lane].part[i % loads], tag);
+              all &= are_of<Tagged<E>>(from[i / (RowTiles * loads)][i / loads % RowTiles][lane].part[i % loads], tag);
             }
             arrived[lane] = all;
           });
@@ -289,14 +310,14 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
               float total = sum[0][tile][n][lane].value[k];
 #pragma unroll
               for (int chain = 1; chain < chains; ++chain) total += sum[chain][tile][n][lane].value[k];
-              sums[(warp * rows + row) * sum_stride + column] = total;
+              sums[(warp * rows + row) * stride + column] = total;
             }
           }
         }
       });
     });
     block.meet();
-    each_place(
+    elements.each(
         [&](auto& own, auto& e, int own_row, int own_unit, int64_t row, int64_t unit) {
           float product[weight_tiles];
 #pragma unroll
@@ -304,7 +325,7 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
             product[tile] = 0;
 #pragma unroll
             for (int warp = 0; warp < kWarps; ++warp) {
-              product[tile] += sums[(warp * rows + own_row) * sum_stride + tile * kUnits + own_unit];
+              product[tile] += sums[(warp * rows + own_row) * stride + tile * kUnits + own_unit];
             }
           }
           Tail::finish(run, step, own.of_unit, e, row, unit, product);
@@ -312,34 +333,9 @@ PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t
         [&](int64_t row, int64_t unit) { Tail::blank(run, step + 1, row, unit); });
     // The next step's sums come in the place of these.
     block.meet();
-    each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::store(run, e, row, unit); });
+    elements.each([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::store(run, e, row, unit); });
   }
-  each_element([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::end(run, e, row, unit); });
-  if constexpr (Tail::summed > 0) {
-    if (run.sums == nullptr) return;
-    // Over the threads of a unit, always in the same order. The others have left the memory, as they met behind it.
-    block.each_thread([&](int thread) {
-#pragma unroll
-      for (int k = 0; k < Tail::summed; ++k) {
-        float total = 0;
-#pragma unroll
-        for (int i = 0; i < elements; ++i) total += threads[thread].element[i].sum[k];
-        sums[(thread / kUnits * Tail::summed + k) * kUnits + thread % kUnits] = total;
-      }
-    });
-    block.meet();
-    block.each_thread([&](int thread) {
-      const int k = thread / kUnits;
-      const int64_t unit = unit_block * kUnits + thread % kUnits;
-      if (k >= Tail::summed || unit >= run.layer.hidden) return;
-      float* const to = run.sums + (group * Tail::summed + k) * run.layer.hidden + unit;
-      float total = run.first > 0 ? *to : 0;
-      for (int other = 0; other < kThreads / kUnits; ++other) {
-        total += sums[(other * Tail::summed + k) * kUnits + thread % kUnits];
-      }
-      *to = total;
-    });
-  }
+  elements.each([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::end(run, e, row, unit); });
 }
 
 }  // namespace

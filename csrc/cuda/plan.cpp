@@ -38,26 +38,28 @@ Plan make_plan(const DeviceProperties& device, const Shape& s, int64_t chunk_byt
   if (s.steps < 2) return by_steps("a single step");
 
   Plan plan = step_plan(s, chunk_bytes, "");
-  const int64_t gates = widths_of(s.cell).gates;
-  const int64_t weight_tiles = s.backward ? 1 : gates;  // of kUnits rows
-  const int fragment = depth_of_fragment(static_cast<int>(bytes_of(s.dtype)));
+  const int gates = static_cast<int>(widths_of(s.cell).gates), element = static_cast<int>(bytes_of(s.dtype));
+  const int fragment = depth_of_fragment(element), products = products_of_tile(gates, element);
   plan.unit_blocks = ceil_div(s.hidden, kUnits);
-  plan.depth = ceil_div(plan.unit_blocks * kUnits * (s.backward ? gates : 1), fragment) * fragment;
+  plan.depth = s.backward ? gates * kUnits : ceil_div(plan.unit_blocks * kUnits, fragment) * fragment;
   // Of the warp that has most.
-  const int64_t fragments = ceil_div(plan.depth / fragment, kWarps);
+  const int64_t share = ceil_div(s.backward ? plan.unit_blocks : plan.depth / fragment, kWarps);
   bool too_many = true;
   // Both directions at once take half of the time of one after the other; then the fewer sequences to a block, the more
   // of the device is at work.
   for (int64_t at_once = s.directions; at_once > 0; --at_once) {
     for (const int tiles : {1, 2, 4}) {
-      const int64_t held = held_fragments(static_cast<int>(weight_tiles), tiles);
+      const int64_t rows = tiles * kTileRows,
+                    held = s.backward ? held_tiles(products, tiles) : held_fragments(gates, tiles);
       plan.row_tiles = tiles;
-      plan.row_groups = ceil_div(s.batch, tiles * kTileRows);
-      plan.spare_fragments = std::max<int64_t>(fragments - held, 0);
-      // Two loads of 16 bytes a lane; partial sums of every warp, padded against bank conflicts.
-      const int64_t weights = kWarps * plan.spare_fragments * weight_tiles * 2 * kLanes * 16;
-      const int64_t sums = kWarps * tiles * kTileRows * (weight_tiles * kUnits + 4) * 4;
-      plan.shared_bytes = weights + sums;
+      plan.row_groups = ceil_div(s.batch, rows);
+      plan.spare = std::max<int64_t>(share - held, 0);
+      // A fragment is two loads of 16 bytes a lane, a tile one for each product.
+      const int64_t weights = kWarps * plan.spare * (s.backward ? products : gates * 2) * kLanes * 16;
+      const int64_t sums = kWarps * rows * sum_stride(s.backward ? 1 : gates) * 4;
+      plan.shared_bytes = weights + sums + (s.backward ? rows * operand_bytes(products) : 0);
+      plan.exchange_words =
+          plan.row_groups * rows * (s.backward ? plan.unit_blocks * plan.unit_blocks * kUnits : plan.depth);
       plan.blocks = at_once * plan.unit_blocks * plan.row_groups;
       const bool fits = plan.blocks <= device.multiprocessors;
       too_many &= !fits;

@@ -36,28 +36,46 @@ inline constexpr int kThreads = kWarps * kLanes;
 // Elements of the product's depth that one fragment of 16 bytes for each of 4 lanes has.
 PYRNNFAST_HD constexpr int depth_of_fragment(int element_bytes) { return 64 / element_bytes; }
 
-// Fragments of the weights that a warp holds in registers, for each tile of 16 rows of the weights; the others lie in
-// shared memory. A fragment of a tile is 8 registers a lane; a thread has 255, and needs 4 for the sum of each pair of
-// tiles besides those of its elements. More than these and ptxas spills on some architecture.
+// Forward: fragments of the weights that a warp holds in registers, for each tile of 16 rows of the weights; the others
+// lie in shared memory. A fragment of a tile is 8 registers a lane; a thread has 255, and needs 4 for the sum of each
+// pair of tiles besides those of its elements. More than these and ptxas spills on some architecture.
 PYRNNFAST_HD constexpr int held_fragments(int weight_tiles, int row_tiles) {
   if (weight_tiles == 1) return row_tiles == 4 ? 6 : 12;
   if (row_tiles == 4) return weight_tiles == 4 ? 0 : 2;
   return weight_tiles == 4 && row_tiles == 2 ? 2 : 4;
 }
 
+// Back through time: the depth of a block's product, for each gate its units, in products of tensor cores of 32 bytes.
+PYRNNFAST_HD constexpr int products_of_tile(int gates, int element_bytes) {
+  return gates * kUnits * element_bytes / 32;
+}
+// Tiles of 16 columns of the weights that a warp holds in registers, 4 for each product; an even number.
+PYRNNFAST_HD constexpr int held_tiles(int products, int row_tiles) {
+  const int registers = row_tiles == 4 ? 64 : row_tiles == 2 ? 96 : 128;
+  const int tiles = registers / (4 * products) / 2 * 2;
+  return tiles > 16 ? 16 : tiles;
+}
+// Bytes of a sequence's row of the operand: 8 more than a multiple of 16 banks, as 4 rows are loaded at once.
+PYRNNFAST_HD constexpr int operand_bytes(int products) {
+  return products % 2 == 1 ? products * 32 : products * 32 + 32;
+}
+// Elements of a row of partial sums; rows are 4 banks apart, as two lanes of a product and two rows of a warp want it.
+PYRNNFAST_HD constexpr int sum_stride(int weight_tiles) { return weight_tiles * kUnits + 4; }
+
 struct Plan {
   bool persistent = false;
   std::string reason;  // why that form
   int64_t directions = 1;
-  int64_t chunk_steps = 1;      // of which the input's products, or the gate gradients, are kept at once
-  int row_tiles = 0;            // 1, 2 or 4
-  int64_t row_groups = 0;       // of kTileRows · row_tiles sequences
-  int64_t unit_blocks = 0;      // of kUnits
-  int64_t depth = 0;            // of the product, a multiple of that of a fragment
-  bool together = false;        // both directions in one launch, else one after the other
-  int64_t blocks = 0;           // of one launch
-  int64_t shared_bytes = 0;     // of one block
-  int64_t spare_fragments = 0;  // of each warp and tile of weights, in shared memory
+  int64_t chunk_steps = 1;   // of which the input's products, or the gate gradients, are kept at once
+  int row_tiles = 0;         // 1, 2 or 4
+  int64_t row_groups = 0;    // of kTileRows · row_tiles sequences
+  int64_t unit_blocks = 0;   // of kUnits
+  int64_t depth = 0;         // of a block's product; forward, a multiple of that of a fragment
+  bool together = false;     // both directions in one launch, else one after the other
+  int64_t blocks = 0;        // of one launch
+  int64_t shared_bytes = 0;  // of one block
+  int64_t spare = 0;         // of each warp, in shared memory: forward, fragments of each tile of weights; back, tiles
+  int64_t exchange_words = 0;  // of one exchange of a direction
 };
 
 // Bytes that a chunk may take, unless a single step takes more; for tests set_threshold("chunk_bytes", …) of the

@@ -1,5 +1,5 @@
-// The tails of the persistent form: the cell's equations for one element at a time, and what it hands to other blocks.
-// Forward that is h; backward the gate gradients, so that every block computes ∂L/∂h of its own units.
+// The tails of the persistent form: the cell's equations for one element at a time, and what its block needs of it to
+// hand on: forward h, back through time the gate gradients.
 #pragma once
 
 #include <utility>
@@ -16,15 +16,13 @@ struct SweepRun {
   int64_t first, last;  // steps, in the order of the pass
   bool descending;      // whether time goes down
   // In 32 bits, as all of them are on the chip, and 64 take longer.
-  int unit_blocks, depth, half, spare_fragments;  // half: words of one exchange
-  bool starts_with_zeros;                         // the exchange of step 0 is not to be read
-  uint32_t* exchange;                             // [2, rows, depth], zeros before the first step
+  int unit_blocks, half, spare;  // half: words of one exchange; spare: see Plan
+  uint32_t* exchange;            // two, zeros before the first step
   View<E> weights;
 
   PYRNNFAST_HD int64_t time(const Flow& flow, int64_t step) const { return descending ? flow.steps - 1 - step : step; }
-  PYRNNFAST_HD uint32_t* exchange_row(int64_t step, int64_t row) const {
-    return exchange + ((static_cast<int>(step) & 1) * half + static_cast<int>(row) * depth);
-  }
+  // Of a step.
+  PYRNNFAST_HD uint32_t* exchange_of(int64_t step) const { return exchange + (static_cast<int>(step) & 1) * half; }
 };
 
 // To where other blocks read it.
@@ -41,17 +39,20 @@ struct ForwardTail {
   using A = Accumulator<E>;
   using Number = E;
   static constexpr bool served = sizeof(A) == sizeof(float);
+  static constexpr bool back = false;
   static constexpr int weight_tiles = Cell::gates;
-  static constexpr int gates_of_exchange = 1;
-  static constexpr int summed = 0;
 
   struct Run : SweepRun<E> {
+    int depth;               // of the exchange: [rows, depth]
+    bool starts_with_zeros;  // the exchange of step 0 is not to be read
     ForwardLayer<Cell, E> layer;
     View<E> h0, c0;    // [B, H]: before the first step; absent: zeros
     View<E> h_n, c_n;  // after the last one; h_n between chunks too
     View<A> c;         // between chunks
 
-    PYRNNFAST_HD int64_t last_sweep_step() const { return this->last; }
+    PYRNNFAST_HD uint32_t* exchange_row(int64_t step, int64_t row) const {
+      return this->exchange_of(step) + static_cast<int>(row) * depth;
+    }
   };
 
   // What a thread keeps from step to step, all of whose elements are of one unit.
@@ -124,8 +125,8 @@ struct BackwardTail {
   using A = Accumulator<E>;
   using Number = E;
   static constexpr bool served = sizeof(A) == sizeof(float);
-  static constexpr int weight_tiles = 1;
-  static constexpr int gates_of_exchange = Cell::gates;
+  static constexpr bool back = true;
+  static constexpr int gates = Cell::gates;
   static constexpr int summed = Cell::dgates;  // over time and sequences: the gradients of the biases
 
   struct Run : SweepRun<E> {
@@ -137,9 +138,8 @@ struct BackwardTail {
     A* sums;                     // [row groups, dgates · H] of gate gradients; null where nobody wants them
 
     // One more product than there are steps gives ∂L/∂h0.
-    PYRNNFAST_HD int64_t last_sweep_step() const {
-      return states && this->last == layer.flow.steps ? this->last + 1 : this->last;
-    }
+    PYRNNFAST_HD int64_t end() const { return states ? layer.flow.steps + 1 : layer.flow.steps; }
+    PYRNNFAST_HD int64_t last_sweep_step() const { return this->last == layer.flow.steps ? end() : this->last; }
   };
 
   struct OfUnit {};
@@ -152,11 +152,11 @@ struct BackwardTail {
     StepBackward<A> step;
   };
 
-  // At `depth` of the exchange: for each block, for each gate, its units.
-  PYRNNFAST_HD static E weight(const Run& run, int64_t block, int, int row, int64_t depth) {
-    const int64_t unit = block * kUnits + row, gate = depth / kUnits % Cell::gates, hidden = run.layer.hidden;
-    const int64_t source = depth / (kUnits * Cell::gates) * kUnits + depth % kUnits;
-    return unit < hidden && source < hidden ? run.weights(gate * hidden + source, unit) : Rounded<E>::from(0);
+  // Of what the units of `block` add to those of `other`: what goes from `depth` of the former, for each gate its
+  // units, to `row` of the latter.
+  PYRNNFAST_HD static E weight(const Run& run, int64_t block, int64_t other, int row, int depth) {
+    const int64_t from = block * kUnits + depth % kUnits, to = other * kUnits + row, hidden = run.layer.hidden;
+    return from < hidden && to < hidden ? run.weights(depth / kUnits * hidden + from, to) : Rounded<E>::from(0);
   }
 
   PYRNNFAST_HD static void begin(const Run& run, OfUnit&, Element& e, int64_t row, int64_t unit) {
@@ -175,22 +175,16 @@ struct BackwardTail {
     e.ahead = run.layer.ahead(run.time(run.layer.flow, step), row, unit);
   }
 
-  PYRNNFAST_HD static void finish(const Run& run, int64_t step, const OfUnit&, Element& e, int64_t row, int64_t unit,
-                                  const A (&product)[weight_tiles]) {
-    e.product = product[0];
-    e.step = run.layer.template step<FastMath<A>>(e.ahead, product[0], e.carry);
-    write(run, step + 1, row, unit, e.step, std::make_integer_sequence<int, Cell::gates>{});
-  }
-
-  PYRNNFAST_HD static void blank(const Run& run, int64_t step, int64_t row, int64_t unit) {
-    write(run, step, row, unit, StepBackward<A>{}, std::make_integer_sequence<int, Cell::gates>{});
+  // `operand`: of the sequence, for each gate the block's units.
+  PYRNNFAST_HD static void finish(const Run& run, Element& e, A product, E* operand, int own_unit) {
+    e.product = product;
+    e.step = run.layer.template step<FastMath<A>>(e.ahead, product, e.carry);
+    put(operand + own_unit, e.step, std::make_integer_sequence<int, Cell::gates>{});
   }
 
   template <int... Gate>
-  PYRNNFAST_HD static void write(const Run& run, int64_t step, int64_t row, int64_t unit, const StepBackward<A>& s,
-                                 std::integer_sequence<int, Gate...>) {
-    uint32_t* const to = run.exchange_row(step, row) + unit / kUnits * (kUnits * Cell::gates) + unit % kUnits;
-    (hand_over(to + Gate * kUnits, Tagged<E>::from(s.dgates[RecurrentDgate<Cell, Gate>::value], step)), ...);
+  PYRNNFAST_HD static void put(E* operand, const StepBackward<A>& s, std::integer_sequence<int, Gate...>) {
+    ((operand[Gate * kUnits] = for_tensor_cores<E>(s.dgates[RecurrentDgate<Cell, Gate>::value])), ...);
   }
 
   PYRNNFAST_HD static void store(const Run& run, Element& e, int64_t, int64_t unit) {

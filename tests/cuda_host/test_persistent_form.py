@@ -106,6 +106,6 @@ def test_weights_in_shared_memory(cell: str, numbers: str, hidden: int, multipro
     layer = dense(2, 8 * row_tiles - 1, hidden, inputs=3)
     for backward in (False, True):
         plan = plan_of(cell, layer, NUMBERS[numbers], backward, multiprocessors)
-        assert plan["row_tiles"] == row_tiles and plan["spare_fragments"] > 1
+        assert plan["row_tiles"] == row_tiles and plan["spare"] > 1
     _emulation.set_threshold("multiprocessors", multiprocessors)
     assert_right(cell, layer, NUMBERS[numbers])

@@ -17,8 +17,10 @@ UNITS, TILE_ROWS, WARPS, LANES = 16, 8, 8, 32
 THREADS = WARPS * LANES
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-# Fragments that a warp holds in registers of weights in 1, 3 or 4 tiles, by row tiles.
+# Fragments that a warp holds in registers of weights in 1, 3 or 4 tiles, by row tiles; and registers for those of the
+# other pass, 4 for each product of a tile.
 HELD = {1: {1: 12, 3: 5, 4: 4}, 2: {1: 12, 3: 4, 4: 3}, 4: {1: 6, 3: 2, 4: 0}}
+HELD_BACK = {1: 128, 2: 96, 4: 64}
 LIMIT = 2**26
 ROWS_LIMIT = 2**30  # of a chunk: cuBLAS counts in 32 bits
 
@@ -80,11 +82,21 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def products_of_tile(p: dict[str, Any]) -> int:
+    """Back through time: for each gate the units of a block, in products of 32 bytes."""
+    return GATES[p["cell"]] * UNITS * BYTES[p["dtype"]] // 32
+
+
 def shared_bytes(p: dict[str, Any], found: dict[str, Any]) -> int:
-    """What persistent.h lays out there: the fragments that no register holds, and partial sums of each warp."""
-    tiles = 1 if p["backward"] else GATES[p["cell"]]
+    """What persistent.h and scatter.h lay out there: the weights that no register holds, partial sums of each warp,
+    and back through time the gate gradients."""
     rows = found["row_tiles"] * TILE_ROWS
-    return int(WARPS * found["spare_fragments"] * tiles * LANES * 32 + WARPS * rows * (tiles * UNITS + 4) * 4)
+    if p["backward"]:
+        products = products_of_tile(p)
+        gradients = rows * (products // 2 * 64 + 32)
+        return int(WARPS * found["spare"] * products * LANES * 16 + WARPS * rows * (UNITS + 4) * 4 + gradients)
+    tiles = GATES[p["cell"]]
+    return int(WARPS * found["spare"] * tiles * LANES * 32 + WARPS * rows * (tiles * UNITS + 4) * 4)
 
 
 @settings(max_examples=1000)
@@ -145,7 +157,6 @@ def test_all_is_covered_once(on: str, problem: dict[str, Any]) -> None:
     found = plan(on, problem)
     if found["form"] == "step":
         return
-    tiles = 1 if problem["backward"] else GATES[problem["cell"]]
     rows = found["row_tiles"] * TILE_ROWS
     assert set(owners_of(problem["hidden"], found["unit_blocks"], UNITS)) == {1}
     assert set(owners_of(problem["batch"], found["row_groups"], rows)) == {1}
@@ -155,16 +166,27 @@ def test_all_is_covered_once(on: str, problem: dict[str, Any]) -> None:
     # Inside a block, the threads.
     elements = [i * THREADS + thread for i in range(ceil_div(rows * UNITS, THREADS)) for thread in range(THREADS)]
     assert [e for e in sorted(elements) if e < rows * UNITS] == list(range(rows * UNITS))
-    # The depth of the product, and the warps.
+    # The product, and the warps.
+    if problem["backward"]:
+        blocks, products = found["unit_blocks"], products_of_tile(problem)
+        assert found["depth"] == GATES[problem["cell"]] * UNITS
+        assert sorted(i * WARPS + warp for warp in range(WARPS) for i in range(ceil_div(blocks - warp, WARPS))) == list(
+            range(blocks)
+        )
+        held = min(HELD_BACK[found["row_tiles"]] // (4 * products) // 2 * 2, 16)
+        assert ceil_div(blocks, WARPS) <= held + found["spare"]
+        assert found["exchange_words"] == found["row_groups"] * blocks**2 * rows * UNITS
+        return
     fragment = 64 // BYTES[problem["dtype"]]
     assert found["depth"] % fragment == 0
-    assert found["depth"] >= found["unit_blocks"] * UNITS * (GATES[problem["cell"]] if problem["backward"] else 1)
+    assert found["depth"] >= found["unit_blocks"] * UNITS
     fragments = found["depth"] // fragment
     begin = [fragments * warp // WARPS for warp in range(WARPS + 1)]
     assert begin[0] == 0 and begin[-1] == fragments
     assert all(a <= b for a, b in pairwise(begin))
     most = max(b - a for a, b in pairwise(begin))
-    assert most <= HELD[found["row_tiles"]][tiles] + found["spare_fragments"]
+    assert most <= HELD[found["row_tiles"]][GATES[problem["cell"]]] + found["spare"]
+    assert found["exchange_words"] == found["row_groups"] * rows * found["depth"]
 
 
 def test_the_kinds_of_plan_all_occur() -> None:
@@ -176,7 +198,7 @@ def test_the_kinds_of_plan_all_occur() -> None:
         seen.add(("reason", found["reason"]))
         if found["form"] == "persistent":
             seen |= {(k, found[k]) for k in ("row_tiles", "together")}
-            seen.add(("spare", found["spare_fragments"] > 0))
+            seen.add(("spare", found["spare"] > 0))
     assert {("row_tiles", n) for n in HELD} <= seen
     assert {(k, v) for k in ("together", "spare") for v in (False, True)} <= seen
     reasons = {reason for kind, reason in seen if kind == "reason"}
