@@ -15,12 +15,18 @@ template <class T>
 struct View {
   T* data = nullptr;
   int64_t stride = 0;
+  int64_t step =
+      0;  // over time: from a row to that of the same sequence at the next step of the pass, if that is known
 
   PYRNNFAST_HD bool present() const { return data != nullptr; }
   PYRNNFAST_HD T& operator()(int64_t row, int64_t column) const { return data[row * stride + column]; }
   PYRNNFAST_HD T* row(int64_t index) const { return data + index * stride; }
+  // Of a row of those that begin with `first`; absent: null.
+  PYRNNFAST_HD T* at(int64_t first, int row, int column) const {
+    return data == nullptr ? nullptr : data + (first + row) * stride + column;
+  }
   // Without its first rows.
-  PYRNNFAST_HD View from(int64_t row) const { return {data == nullptr ? nullptr : data + row * stride, stride}; }
+  PYRNNFAST_HD View from(int64_t row) const { return {data == nullptr ? nullptr : data + row * stride, stride, step}; }
 };
 
 template <class T>
@@ -36,29 +42,33 @@ enum class Start { previous, initial, zeros };
 // takes part in its first ones; `reset` says where its state is cleared before a step. (Backward in time: between the
 // same two.)
 struct Flow {
-  int64_t steps = 0, batch = 0;
+  int steps = 0, batch = 0;
   bool reverse = false;
+  bool plain = true;                 // all sequences have all steps, and nothing is cleared: the three below are null
   const int64_t* offsets = nullptr;  // [T + 1], null: the batch size does not change
   const int64_t* lengths = nullptr;  // [B], null: all sequences have all steps
   const uint8_t* reset = nullptr;    // [T, B], null: never
   int64_t reset_step = 0, reset_row = 0;
 
-  PYRNNFAST_HD int64_t offset(int64_t t) const { return offsets == nullptr ? t * batch : offsets[t]; }
+  PYRNNFAST_HD int64_t offset(int t) const { return offsets == nullptr ? int64_t{t} * batch : offsets[t]; }
+  PYRNNFAST_HD bool is_step(int t) const { return t >= 0 && t < steps; }
   // At steps that are none: no row.
-  PYRNNFAST_HD int64_t active(int64_t t) const {
-    if (t < 0 || t >= steps) return 0;
-    return offsets == nullptr ? batch : offsets[t + 1] - offsets[t];
+  PYRNNFAST_HD bool has_row(int t, int row) const {
+    if (plain || offsets == nullptr) return is_step(t);
+    return is_step(t) && row < offsets[t + 1] - offsets[t];
   }
-  PYRNNFAST_HD bool here(int64_t t, int64_t row) const {
-    return row < active(t) && (lengths == nullptr || t < lengths[row]);
+  PYRNNFAST_HD bool here(int t, int row) const {
+    if (plain) return is_step(t);
+    return has_row(t, row) && (lengths == nullptr || t < lengths[row]);
   }
-  PYRNNFAST_HD int64_t before(int64_t t) const { return reverse ? t + 1 : t - 1; }
-  PYRNNFAST_HD int64_t later(int64_t t) const { return reverse ? t - 1 : t + 1; }
+  PYRNNFAST_HD int before(int t) const { return reverse ? t + 1 : t - 1; }
+  PYRNNFAST_HD int later(int t) const { return reverse ? t - 1 : t + 1; }
 
-  PYRNNFAST_HD Start start(int64_t t, int64_t row) const {
+  PYRNNFAST_HD Start start(int t, int row) const {
+    if (plain) return is_step(before(t)) ? Start::previous : Start::initial;
     const bool goes_on = here(before(t), row);
     if (reset != nullptr && (goes_on || !reverse)) {
-      const int64_t cleared = reverse ? t + 1 : t;
+      const int cleared = reverse ? t + 1 : t;
       if (reset[cleared * reset_step + row * reset_row] != 0) return Start::zeros;
     }
     return goes_on ? Start::previous : Start::initial;
@@ -72,7 +82,7 @@ struct Biases {
   A hn = 0;
 
   template <class E>
-  PYRNNFAST_HD void read(const E* bias_ih, const E* bias_hh, int64_t hidden, int64_t unit) {
+  PYRNNFAST_HD void read(const E* bias_ih, const E* bias_hh, int hidden, int unit) {
     for (int g = 0; g < Cell::gates; ++g) {
       const bool inner = Cell::has_bias_hn && g == Cell::gates - 1;
       const A ih = bias_ih == nullptr ? A(0) : widened(bias_ih[g * hidden + unit]);
@@ -89,30 +99,49 @@ template <class Cell, class E>
 struct ForwardLayer {
   using A = Accumulator<E>;
   Flow flow;
-  int64_t hidden = 0;
+  int hidden = 0;
   const E *bias_ih = nullptr, *bias_hh = nullptr;
   View<A> xgates;  // of the chunk, which begins at row `base`
   int64_t base = 0;
   View<E> y, saved;
   View<A> cells;
 
+  // Where the numbers of an element lie at a step, of the first gate. To compute that anew would take a good part of
+  // the time that a step has.
+  struct Place {
+    const A* x;
+    E *y, *saved;
+    A* cells;
+  };
+
   struct Ahead {
     bool in_data = false;  // whether the sequence has a row at this step, padding or not
     bool here = false;     // and has this step
     bool cleared = false;
-    int64_t place = 0;
     A x[Cell::gates] = {};
   };
 
-  PYRNNFAST_HD Ahead ahead(int64_t t, int64_t row, int64_t unit) const {
+  PYRNNFAST_HD Place place(int t, int row, int unit) const {
+    if (!flow.is_step(t)) return {};
+    const int64_t first = flow.offset(t);
+    return {xgates.at(first - base, row, unit), y.at(first, row, unit), saved.at(first, row, unit),
+            cells.at(first, row, unit)};
+  }
+  // To the next step, where the batch size does not change.
+  PYRNNFAST_HD void move(Place& p) const {
+    p.x += xgates.step;
+    p.y += y.step;
+    p.saved += saved.step;
+    p.cells += cells.step;
+  }
+
+  PYRNNFAST_HD Ahead ahead(const Place& p, int t, int row) const {
     Ahead a;
-    a.in_data = row < flow.active(t);
-    if (!a.in_data) return a;
-    a.place = flow.offset(t) + row;
+    a.in_data = flow.has_row(t, row);
     a.here = flow.here(t, row);
     if (!a.here) return a;
-    a.cleared = flow.start(t, row) == Start::zeros;
-    for (int g = 0; g < Cell::gates; ++g) a.x[g] = xgates(a.place - base, g * hidden + unit);
+    a.cleared = !flow.plain && flow.start(t, row) == Start::zeros;
+    for (int g = 0; g < Cell::gates; ++g) a.x[g] = p.x[g * hidden];
     return a;
   }
 
@@ -134,13 +163,13 @@ struct ForwardLayer {
     return s;
   }
 
-  PYRNNFAST_HD void store(const Ahead& a, int64_t unit, const StepForward<A>& s) const {
+  PYRNNFAST_HD void store(const Ahead& a, const Place& p, const StepForward<A>& s) const {
     if (!a.in_data) return;
-    y(a.place, unit) = Rounded<E>::from(a.here ? s.h : A(0));
-    if (Cell::has_cell && cells.present()) cells(a.place, unit) = a.here ? s.c : A(0);
+    *p.y = Rounded<E>::from(a.here ? s.h : A(0));
+    if (Cell::has_cell && cells.present()) *p.cells = a.here ? s.c : A(0);
     if constexpr (Cell::saved > 0) {
       if (!a.here || !saved.present()) return;
-      for (int k = 0; k < Cell::saved; ++k) saved(a.place, k * hidden + unit) = Rounded<E>::from(s.saved[k]);
+      for (int k = 0; k < Cell::saved; ++k) p.saved[k * hidden] = Rounded<E>::from(s.saved[k]);
     }
   }
 };
@@ -150,13 +179,15 @@ template <class Cell, class E>
 struct ForwardElement {
   using A = Accumulator<E>;
   ForwardLayer<Cell, E> layer;
-  int64_t t;
+  int t;
   View<A> hgates;  // absent: zeros
   View<E> h;
   View<A> c;
 
-  PYRNNFAST_HD void operator()(int64_t row, int64_t unit) const {
-    const auto a = layer.ahead(t, row, unit);
+  PYRNNFAST_HD void operator()(int64_t of_row, int64_t of_unit) const {
+    const int row = static_cast<int>(of_row), unit = static_cast<int>(of_unit);
+    const auto place = layer.place(t, row, unit);
+    const auto a = layer.ahead(place, t, row);
     StepForward<A> s{};
     if (a.here) {
       Biases<Cell, A> bias;
@@ -168,7 +199,7 @@ struct ForwardElement {
       h(row, unit) = Rounded<E>::from(own_h);
       if (Cell::has_cell) c(row, unit) = own_c;
     }
-    layer.store(a, unit, s);
+    layer.store(a, place, s);
   }
 };
 
@@ -177,7 +208,7 @@ template <class Cell, class E>
 struct BackwardLayer {
   using A = Accumulator<E>;
   Flow flow;
-  int64_t hidden = 0;
+  int hidden = 0;
   View<E> grad_y, grad_h_n;
   View<A> grad_cells;
   View<E> y, saved, h0, c0;
@@ -186,45 +217,75 @@ struct BackwardLayer {
   View<E> h_prev_rows;  // likewise [rows, H]: for the product that gives ∂L/∂W_hh; absent where nobody wants it
   int64_t base = 0;
 
+  // As of the other pass.
+  struct Place {
+    const E *grad_y, *y, *saved;
+    const A *cells, *grad_cells;
+    E *dgates, *h_prev_rows;
+  };
+
   // Numbers as they lie in memory, since a conversion would wait for them.
   struct Ahead {
     bool in_data = false, here = false;
     bool from_later = false;  // whether the sequence has the later step
     bool passed_on = false;   // which had its state from this one, or, if this is none, from before the sequence
-    int64_t place = 0;
     E grad_y = Rounded<E>::from(0), grad_h_n = Rounded<E>::from(0), h = Rounded<E>::from(0);
     E h_prev = Rounded<E>::from(0), c0 = Rounded<E>::from(0);
     E saved[Cell::saved > 0 ? Cell::saved : 1] = {};
     A c = 0, c_prev = 0, grad_cells = 0;
   };
 
-  PYRNNFAST_HD Ahead ahead(int64_t t, int64_t row, int64_t unit) const {
+  PYRNNFAST_HD Place place(int t, int row, int unit) const {
+    if (!flow.is_step(t)) return {};
+    const int64_t first = flow.offset(t);
+    return {grad_y.at(first, row, unit),
+            y.at(first, row, unit),
+            saved.at(first, row, unit),
+            cells.at(first, row, unit),
+            grad_cells.at(first, row, unit),
+            dgates.at(first - base, row, unit),
+            h_prev_rows.at(first - base, row, unit)};
+  }
+  PYRNNFAST_HD void move(Place& p) const {
+    p.grad_y += grad_y.step;
+    p.y += y.step;
+    p.saved += saved.step;
+    p.cells += cells.step;
+    p.grad_cells += grad_cells.step;
+    p.dgates += dgates.step;
+    p.h_prev_rows += h_prev_rows.step;
+  }
+
+  PYRNNFAST_HD Ahead ahead(const Place& p, int t, int row, int unit) const {
     Ahead a;
-    const int64_t later = flow.later(t), before = flow.before(t);
+    const int later = flow.later(t);
     a.from_later = flow.here(later, row);
-    a.passed_on = a.from_later && flow.start(later, row) != Start::zeros;
-    a.in_data = row < flow.active(t);
-    if (!a.in_data) return a;
-    a.place = flow.offset(t) + row;
+    a.passed_on = a.from_later && (flow.plain || flow.start(later, row) != Start::zeros);
+    a.in_data = flow.has_row(t, row);
     a.here = flow.here(t, row);
     if (!a.here) return a;
     if (!a.from_later && grad_h_n.present()) a.grad_h_n = grad_h_n(row, unit);
-    if (grad_y.present()) a.grad_y = grad_y(a.place, unit);
-    if (Cell::backward_reads_h) a.h = y(a.place, unit);
+    if (grad_y.present()) a.grad_y = *p.grad_y;
+    if (Cell::backward_reads_h) a.h = *p.y;
     const Start start = flow.start(t, row);
     if (start == Start::previous) {
-      const int64_t place_before = flow.offset(before) + row;
-      a.h_prev = y(place_before, unit);
-      if (Cell::has_cell) a.c_prev = cells(place_before, unit);
+      if (flow.offsets == nullptr) {
+        a.h_prev = p.y[y.step];
+        if (Cell::has_cell) a.c_prev = p.cells[cells.step];
+      } else {
+        const int64_t first = flow.offset(flow.before(t));
+        a.h_prev = *y.at(first, row, unit);
+        if (Cell::has_cell) a.c_prev = *cells.at(first, row, unit);
+      }
     } else if (start == Start::initial) {
       if (h0.present()) a.h_prev = h0(row, unit);
       if (Cell::has_cell && c0.present()) a.c0 = c0(row, unit);
     }
     if (Cell::has_cell) {
-      a.c = cells(a.place, unit);
-      if (grad_cells.present()) a.grad_cells = grad_cells(a.place, unit);
+      a.c = *p.cells;
+      if (grad_cells.present()) a.grad_cells = *p.grad_cells;
     }
-    for (int k = 0; k < Cell::saved; ++k) a.saved[k] = saved(a.place, k * hidden + unit);
+    for (int k = 0; k < Cell::saved; ++k) a.saved[k] = p.saved[k * hidden];
     return a;
   }
 
@@ -247,10 +308,10 @@ struct BackwardLayer {
   }
 
   // Of padding the gate gradients are zeros.
-  PYRNNFAST_HD void store(const Ahead& a, int64_t unit, const StepBackward<A>& s) const {
+  PYRNNFAST_HD void store(const Ahead& a, const Place& p, const StepBackward<A>& s) const {
     if (!a.in_data) return;
-    for (int k = 0; k < Cell::dgates; ++k) dgates(a.place - base, k * hidden + unit) = Rounded<E>::from(s.dgates[k]);
-    if (h_prev_rows.present()) h_prev_rows(a.place - base, unit) = a.h_prev;
+    for (int k = 0; k < Cell::dgates; ++k) p.dgates[k * hidden] = Rounded<E>::from(s.dgates[k]);
+    if (h_prev_rows.present()) *p.h_prev_rows = a.h_prev;
   }
 };
 
@@ -259,18 +320,20 @@ template <class Cell, class E>
 struct BackwardElement {
   using A = Accumulator<E>;
   BackwardLayer<Cell, E> layer;
-  int64_t t;
+  int t;
   View<A> product, carry;
   View<A> dh;  // out, [B, H]: ∂L/∂h0, but for what the carry adds; absent where nobody wants it
 
-  PYRNNFAST_HD void operator()(int64_t row, int64_t unit) const {
-    const auto a = layer.ahead(t, row, unit);
+  PYRNNFAST_HD void operator()(int64_t of_row, int64_t of_unit) const {
+    const int row = static_cast<int>(of_row), unit = static_cast<int>(of_unit);
+    const auto place = layer.place(t, row, unit);
+    const auto a = layer.ahead(place, t, row, unit);
     const A own = a.from_later ? product(row, unit) : A(0);
     A carried = Cell::has_carry ? carry(row, unit) : A(0);
     const auto s = layer.template step<ScalarMath<A>>(a, own, carried);
     if (Cell::has_carry) carry(row, unit) = carried;
     if (!a.here && a.from_later && dh.present()) dh(row, unit) = a.passed_on ? own : A(0);
-    layer.store(a, unit, s);
+    layer.store(a, place, s);
   }
 };
 
@@ -282,7 +345,7 @@ struct WithoutPadding {
   int64_t first;  // the step that the rows begin with
 
   PYRNNFAST_HD void operator()(int64_t row, int64_t column) const {
-    const bool real = flow.here(first + row / flow.batch, row % flow.batch);
+    const bool real = flow.here(static_cast<int>(first + row / flow.batch), static_cast<int>(row % flow.batch));
     to(row, column) = real ? from(row, column) : Rounded<E>::from(0);
   }
 };

@@ -196,9 +196,10 @@ class HostMachine {
       blocks.emplace_back([&, number] {
         try {
           HostBlock block(plan.shared_bytes, number, stop);
-          const int64_t own = number % (plan.unit_blocks * plan.row_groups);
-          pyrnnfast::sweep<Tail, RowTiles>(runs[number / (plan.unit_blocks * plan.row_groups)], block,
-                                           own % plan.unit_blocks, own / plan.unit_blocks);
+          const int units = static_cast<int>(plan.unit_blocks),
+                    own = number % (units * static_cast<int>(plan.row_groups));
+          pyrnnfast::sweep<Tail, RowTiles>(runs[number / (plan.unit_blocks * plan.row_groups)], block, own % units,
+                                           own / units);
         } catch (const std::exception&) {
           failed = true;
         }

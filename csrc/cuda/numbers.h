@@ -122,10 +122,10 @@ template <class E>
 struct Tagged {
   static constexpr uint32_t kTag = sizeof(E) == sizeof(float) ? 0x1fffu : 0xffffu;
 
-  PYRNNFAST_HD static uint32_t tag(int64_t step) { return static_cast<uint32_t>(step + 1) & 0x1fffu; }
+  PYRNNFAST_HD static uint32_t tag(int step) { return static_cast<uint32_t>(step + 1) & 0x1fffu; }
   PYRNNFAST_HD static uint32_t tag_of(uint32_t word) { return word & kTag; }
   PYRNNFAST_HD static uint32_t bits(uint32_t word) { return word & ~kTag; }
-  PYRNNFAST_HD static uint32_t from(Accumulator<E> value, int64_t step) {
+  PYRNNFAST_HD static uint32_t from(Accumulator<E> value, int step) {
     const E number = for_tensor_cores<E>(value);
     if constexpr (sizeof(E) == sizeof(float)) {
       return bits(same_bits<uint32_t>(number)) | tag(step);
@@ -139,7 +139,7 @@ struct Tagged {
 struct Part {
   static constexpr uint32_t kTag = 3;
 
-  PYRNNFAST_HD static uint32_t tag(int64_t step) { return static_cast<uint32_t>(step + 1) & kTag; }
+  PYRNNFAST_HD static uint32_t tag(int step) { return static_cast<uint32_t>(step + 1) & kTag; }
   PYRNNFAST_HD static uint32_t tag_of(uint32_t word) { return word & kTag; }
   PYRNNFAST_HD static float value(uint32_t word) { return same_bits<float>(word & ~kTag); }
   PYRNNFAST_HD static uint32_t from(float value, uint32_t tag) { return (same_bits<uint32_t>(value) & ~kTag) | tag; }

@@ -94,21 +94,29 @@ struct Direction {
 
   Flow flow() const {
     Flow f;
-    f.steps = p.steps;
-    f.batch = p.batch;
+    f.steps = static_cast<int>(p.steps);
+    f.batch = static_cast<int>(p.batch);
     f.reverse = p.reverse;
     f.offsets = device_offsets;
     f.lengths = p.lengths;
     f.reset = p.reset;
     f.reset_step = p.next_reset_step;
     f.reset_row = p.next_reset_row;
+    f.plain = f.offsets == nullptr && f.lengths == nullptr && f.reset == nullptr;
     return f;
+  }
+
+  // Rows of steps, as the sweep goes through them.
+  template <class T>
+  View<T> over_time(View<T> v) const {
+    if (v.present()) v.step = (descending() ? -1 : 1) * p.batch * v.stride;
+    return v;
   }
 
   template <class Run>
   void fill_common(Run& run, const Steps& s) const {
-    run.first = s.first;
-    run.last = s.last;
+    run.first = static_cast<int>(s.first);
+    run.last = static_cast<int>(s.last);
     run.descending = descending();
     run.unit_blocks = static_cast<int>(plan.unit_blocks);
     run.half = static_cast<int>(plan.exchange_words);
@@ -152,14 +160,14 @@ struct ForwardPass : Direction<Forward, false> {
   ForwardLayer<Cell, E> layer(const Steps& s) const {
     ForwardLayer<Cell, E> l;
     l.flow = flow();
-    l.hidden = p.hidden;
+    l.hidden = static_cast<int>(p.hidden);
     l.bias_ih = static_cast<const E*>(p.bias_ih.data);
     l.bias_hh = static_cast<const E*>(p.bias_hh.data);
-    l.xgates = xgates;
+    l.xgates = over_time(xgates);
     l.base = base(s);
-    l.y = view<E>(p.y);
-    l.saved = view<E>(p.saved);
-    l.cells = view<A>(p.cells);
+    l.y = over_time(view<E>(p.y));
+    l.saved = over_time(view<E>(p.saved));
+    l.cells = over_time(view<A>(p.cells));
     return l;
   }
 
@@ -175,7 +183,7 @@ struct ForwardPass : Direction<Forward, false> {
         m.template gemm<E, A>({active, Cell::gates * p.hidden, p.hidden, h.data, h.stride, false, p.weight_hh.data,
                                p.weight_hh.stride, true, hgates.data, hgates.stride, false, tf32});
       }
-      m.each(active, p.hidden, ForwardElement<Cell, E>{l, t, product ? hgates : View<A>{}, h, c});
+      m.each(active, p.hidden, ForwardElement<Cell, E>{l, static_cast<int>(t), product ? hgates : View<A>{}, h, c});
     }
   }
 
@@ -274,17 +282,17 @@ struct BackwardPass : Direction<Backward, true> {
   BackwardLayer<Cell, E> layer(const Steps& s) const {
     BackwardLayer<Cell, E> l;
     l.flow = flow();
-    l.hidden = p.hidden;
-    l.grad_y = view<E>(p.grad_y);
+    l.hidden = static_cast<int>(p.hidden);
+    l.grad_y = over_time(view<E>(p.grad_y));
     l.grad_h_n = view<E>(p.grad_h_n);
-    l.grad_cells = view<A>(p.grad_cells);
-    l.y = view<E>(p.y);
-    l.saved = view<E>(p.saved);
+    l.grad_cells = over_time(view<A>(p.grad_cells));
+    l.y = over_time(view<E>(p.y));
+    l.saved = over_time(view<E>(p.saved));
     l.h0 = view<E>(p.h0);
     l.c0 = view<E>(p.c0);
-    l.cells = view<A>(p.cells);
-    l.dgates = dgates_of(s);
-    l.h_prev_rows = h_prev_rows;
+    l.cells = over_time(view<A>(p.cells));
+    l.dgates = over_time(dgates_of(s));
+    l.h_prev_rows = over_time(h_prev_rows);
     l.base = base(s);
     return l;
   }
@@ -298,7 +306,7 @@ struct BackwardPass : Direction<Backward, true> {
                     last = this->active(time(step - 1));
       // Sequences that had their first step before this one leave here.
       m.each(wants_states() ? std::max(active, last) : active, p.hidden,
-             BackwardElement<Cell, E>{l, t, product, carry, dh});
+             BackwardElement<Cell, E>{l, static_cast<int>(t), product, carry, dh});
       const int64_t wanted = wants_states() ? active : std::min(active, this->active(next));
       if (wanted == 0) continue;
       const E* left = l.dgates.row(p.offsets[t] - base(chunk));

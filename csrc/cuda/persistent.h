@@ -86,7 +86,7 @@ class Elements {
     typename Tail::Element element[kOfThread];
   };
 
-  PYRNNFAST_DEVICE Elements(const typename Tail::Run& run, Block& block, int64_t unit_block, int64_t group)
+  PYRNNFAST_DEVICE Elements(const typename Tail::Run& run, Block& block, int unit_block, int group)
       : run_(run), block_(block), first_unit_(unit_block * kUnits), first_row_(group * kRows) {}
 
   PYRNNFAST_DEVICE Own& of(int thread) { return threads_[thread]; }
@@ -99,7 +99,7 @@ class Elements {
 #pragma unroll
       for (int i = 0; i < kOfThread; ++i) {
         const int place = i * kThreads + thread, row = row_of(place / kUnits);
-        const int64_t unit = first_unit_ + place % kUnits;
+        const int unit = first_unit_ + place % kUnits;
         if (place >= kRows * kUnits || first_row_ + row >= run_.layer.flow.batch) continue;
         if (unit < run_.layer.hidden) {
           body(threads_[thread], threads_[thread].element[i], row, place % kUnits, first_row_ + row, unit);
@@ -111,7 +111,7 @@ class Elements {
   }
   template <class Body>
   PYRNNFAST_DEVICE void each(const Body& body) {
-    each(body, [](int64_t, int64_t) {});
+    each(body, [](int, int) {});
   }
 
  private:
@@ -121,13 +121,13 @@ class Elements {
 
   const typename Tail::Run& run_;
   Block& block_;
-  const int64_t first_unit_, first_row_;
+  const int first_unit_, first_row_;
   typename Block::template EachThread<Own> threads_;
 };
 
 // `unit_block`: the number of its units; `group`: of its sequences.
 template <class Tail, int RowTiles, class Block>
-PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block, int64_t unit_block, int64_t group) {
+PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block, int unit_block, int group) {
   using E = typename Tail::Number;
   constexpr int weight_tiles = Tail::weight_tiles, rows = RowTiles * kTileRows;
   constexpr int held = held_fragments(weight_tiles, RowTiles);
@@ -137,7 +137,11 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
   const auto depth_of = [](int lane, int element) {
     return element / kLoadWords * kLoadedTogether + lane % 4 * kLoadWords + element % kLoadWords;
   };
-  constexpr int stride = sum_stride(weight_tiles);
+  // The sums of an element, of which there are one for each tile of weights.
+  constexpr int together = sums_together(weight_tiles), stride = sum_stride(weight_tiles) / together;
+  struct alignas(4 * together) Together {
+    float of[together];
+  };
   // Fragments that are loaded together, and chains of products that do not wait for each other.
   constexpr int at_once = RowTiles == 1 && weight_tiles == 4 && loads == 2 ? 2 : 4 / RowTiles,
                 chains = weight_tiles == 1 ? at_once : 1;
@@ -149,13 +153,13 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
   Elements<Tail, RowTiles, Block> elements(run, block, unit_block, group);
   // Of each warp, fragment, tile: the low half of all lanes, then the high one, against bank conflicts.
   Words* const spare = block.template shared<Words>();
-  // [warp, row, tile, unit]
-  float* const sums = reinterpret_cast<float*>(spare + kWarps * run.spare * weight_tiles * 2 * kLanes);
-  const auto spare_of = [&](int warp, int64_t index, int tile) {
+  // [warp, row, unit]
+  Together* const sums = reinterpret_cast<Together*>(spare + kWarps * run.spare * weight_tiles * 2 * kLanes);
+  const auto spare_of = [&](int warp, int index, int tile) {
     return spare + ((warp * run.spare + index) * weight_tiles + tile) * 2 * kLanes;
   };
 
-  const int64_t row_begin = group * rows;
+  const int row_begin = group * rows;
   const int fragments = run.depth / fragment;
   const auto begin_of = [&](int warp) { return fragments * warp / kWarps; };
   // The depth that some block writes; what is beyond fills a fragment.
@@ -163,7 +167,7 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
   const int tile_stride = kTileRows * run.depth;
 
   block.each_warp([&](int warp) {
-    const auto words = [&](int tile, int row, int64_t index, int lane) {
+    const auto words = [&](int tile, int row, int index, int lane) {
       E values[lane_elements];
 #pragma unroll
       for (int j = 0; j < lane_elements; ++j) {
@@ -178,16 +182,18 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
     };
     const int first = begin_of(warp), count = begin_of(warp + 1) - first;
     block.each_lane([&](int lane) {
-    // The reading is not unrolled, as it would be most of the kernel then; the choice of the registers is.
+    // The reading is not unrolled, as it would be most of the kernel then; the choice of the registers is. In 32 bits
+    // the compiler takes the choice for an index, and the array from the registers.
 #pragma unroll 1
-      for (int64_t i = 0; i < count;
-           ++i) {  // in 32 bits the compiler takes the choice for an index, and the array from the registers
+      for (int64_t i = 0; i < count; ++i) {
+        const int index = static_cast<int>(i);
 #pragma unroll 1
         for (int tile = 0; tile < weight_tiles; ++tile) {
-          const WeightWords both{words(tile, lane / 4, first + i, lane), words(tile, lane / 4 + 8, first + i, lane)};
-          if (i >= held) {
-            spare_of(warp, i - held, tile)[lane] = both.low;
-            spare_of(warp, i - held, tile)[kLanes + lane] = both.high;
+          const WeightWords both{words(tile, lane / 4, first + index, lane),
+                                 words(tile, lane / 4 + 8, first + index, lane)};
+          if (index >= held) {
+            spare_of(warp, index - held, tile)[lane] = both.low;
+            spare_of(warp, index - held, tile)[kLanes + lane] = both.high;
             continue;
           }
 #pragma unroll
@@ -198,14 +204,13 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
       }
     });
   });
-  elements.each(
-      [&](auto& own, auto& e, int, int, int64_t row, int64_t unit) { Tail::begin(run, own.of_unit, e, row, unit); },
-      [&](int64_t row, int64_t unit) {
-        if (run.first == 0 && !run.starts_with_zeros) Tail::blank(run, 0, row, unit);
-      });
+  elements.each([&](auto& own, auto& e, int, int, int row, int unit) { Tail::begin(run, own.of_unit, e, row, unit); },
+                [&](int row, int unit) {
+                  if (run.first == 0 && !run.starts_with_zeros) Tail::blank(run, 0, row, unit);
+                });
 
-  for (int64_t step = run.first; step < run.last; ++step) {
-    elements.each([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::fetch(run, step, e, row, unit); });
+  for (int step = run.first; step < run.last; ++step) {
+    elements.each([&](auto&, auto& e, int, int, int row, int unit) { Tail::fetch(run, step, e, row, unit); });
     block.each_warp([&](int warp) {
       const int first = begin_of(warp), count = begin_of(warp + 1) - first;
       typename Block::template EachLane<Sums4> sum[chains][weight_tiles][RowTiles];
@@ -301,41 +306,40 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
       // Lane: rows lane / 4 and lane / 4 + 8 of the weights, sequences lane % 4 · 2 and the next.
       block.each_lane([&](int lane) {
 #pragma unroll
-        for (int tile = 0; tile < weight_tiles; ++tile) {
+        for (int n = 0; n < RowTiles; ++n) {
 #pragma unroll
-          for (int n = 0; n < RowTiles; ++n) {
+          for (int k = 0; k < 4; ++k) {
+            const int row = n * kTileRows + lane % 4 * 2 + k % 2, unit = lane / 4 + k / 2 * 8;
+            Together total{};
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              const int row = n * kTileRows + lane % 4 * 2 + k % 2, column = tile * kUnits + lane / 4 + k / 2 * 8;
-              float total = sum[0][tile][n][lane].value[k];
+            for (int tile = 0; tile < weight_tiles; ++tile) {
+              total.of[tile] = sum[0][tile][n][lane].value[k];
 #pragma unroll
-              for (int chain = 1; chain < chains; ++chain) total += sum[chain][tile][n][lane].value[k];
-              sums[(warp * rows + row) * stride + column] = total;
+              for (int chain = 1; chain < chains; ++chain) total.of[tile] += sum[chain][tile][n][lane].value[k];
             }
+            sums[(warp * rows + row) * stride + unit] = total;
           }
         }
       });
     });
     block.meet();
     elements.each(
-        [&](auto& own, auto& e, int own_row, int own_unit, int64_t row, int64_t unit) {
-          float product[weight_tiles];
+        [&](auto& own, auto& e, int own_row, int own_unit, int row, int unit) {
+          float product[weight_tiles] = {};
 #pragma unroll
-          for (int tile = 0; tile < weight_tiles; ++tile) {
-            product[tile] = 0;
+          for (int warp = 0; warp < kWarps; ++warp) {
+            const Together part = sums[(warp * rows + own_row) * stride + own_unit];
 #pragma unroll
-            for (int warp = 0; warp < kWarps; ++warp) {
-              product[tile] += sums[(warp * rows + own_row) * stride + tile * kUnits + own_unit];
-            }
+            for (int tile = 0; tile < weight_tiles; ++tile) product[tile] += part.of[tile];
           }
           Tail::finish(run, step, own.of_unit, e, row, unit, product);
         },
-        [&](int64_t row, int64_t unit) { Tail::blank(run, step + 1, row, unit); });
+        [&](int row, int unit) { Tail::blank(run, step + 1, row, unit); });
     // The next step's sums come in the place of these.
     block.meet();
-    elements.each([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::store(run, e, row, unit); });
+    elements.each([&](auto&, auto& e, int, int, int, int) { Tail::store(run, e); });
   }
-  elements.each([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::end(run, e, row, unit); });
+  elements.each([&](auto&, auto& e, int, int, int row, int unit) { Tail::end(run, e, row, unit); });
 }
 
 }  // namespace

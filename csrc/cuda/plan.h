@@ -59,8 +59,10 @@ PYRNNFAST_HD constexpr int held_tiles(int products, int row_tiles) {
 PYRNNFAST_HD constexpr int operand_bytes(int products) {
   return products % 2 == 1 ? products * 32 : products * 32 + 32;
 }
-// Elements of a row of partial sums; rows are 4 banks apart, as two lanes of a product and two rows of a warp want it.
-PYRNNFAST_HD constexpr int sum_stride(int weight_tiles) { return weight_tiles * kUnits + 4; }
+// Partial sums of an element are loaded at once, 3 as 4. A row of them, in floats, is so long that neither the lanes of
+// a product nor the two rows of a warp (Elements::row_of) want the same banks.
+PYRNNFAST_HD constexpr int sums_together(int weight_tiles) { return weight_tiles == 1 ? 1 : 4; }
+PYRNNFAST_HD constexpr int sum_stride(int weight_tiles) { return weight_tiles == 1 ? kUnits + 4 : 4 * (kUnits + 1); }
 
 struct Plan {
   bool persistent = false;

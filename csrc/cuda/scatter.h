@@ -24,7 +24,7 @@ struct WordPair {
 constexpr int kPartWords = kUnits * kTileRows;
 
 template <class Tail, int RowTiles, class Block>
-PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, int64_t unit_block, int64_t group) {
+PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, int unit_block, int group) {
   using E = typename Tail::Number;
   constexpr int rows = RowTiles * kTileRows, products = products_of_tile(Tail::gates, sizeof(E));
   constexpr int held = held_tiles(products, RowTiles), stride = sum_stride(1);
@@ -47,12 +47,12 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
   E* const operand = reinterpret_cast<E*>(sums + kWarps * rows * stride);
   const auto spare_of = [&](int warp, int index) { return spare + (warp * run.spare + index) * products * kLanes; };
 
-  const int blocks = run.unit_blocks, row_begin = static_cast<int>(group) * rows, own = static_cast<int>(unit_block);
+  const int blocks = run.unit_blocks, row_begin = group * rows, own = unit_block;
   // Of a warp: every eighth block.
   const auto count_of = [&](int warp) { return (blocks - warp + kWarps - 1) / kWarps; };
   const auto block_of = [&](int warp, int index) { return index * kWarps + warp; };
-  const auto place_of = [&](int64_t step, int to, int from) {
-    return run.exchange_of(step) + ((static_cast<int>(group) * blocks + to) * blocks + from) * RowTiles * kPartWords;
+  const auto place_of = [&](int step, int to, int from) {
+    return run.exchange_of(step) + ((group * blocks + to) * blocks + from) * RowTiles * kPartWords;
   };
   // Lanes of sequences that are not there neither write nor read; those of the same sequences lie together.
   const auto lane_place = [](int lane) { return (lane % 4 * 8 + lane / 4) * 4; };
@@ -102,12 +102,11 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
       elements.of(thread).element[k / Tail::summed].sum[k % Tail::summed] = 0;
     }
   });
-  elements.each(
-      [&](auto& own, auto& e, int, int, int64_t row, int64_t unit) { Tail::begin(run, own.of_unit, e, row, unit); });
+  elements.each([&](auto& own, auto& e, int, int, int row, int unit) { Tail::begin(run, own.of_unit, e, row, unit); });
 
-  const int64_t last = run.last_sweep_step();
-  for (int64_t step = run.first; step < last; ++step) {
-    elements.each([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::fetch(run, step, e, row, unit); });
+  const int last = run.last_sweep_step();
+  for (int step = run.first; step < last; ++step) {
+    elements.each([&](auto&, auto& e, int, int, int row, int unit) { Tail::fetch(run, step, e, row, unit); });
     block.each_warp([&](int warp) {
       const int count = step == 0 ? 0 : count_of(warp);
       const uint32_t tag = Part::tag(step);
@@ -170,7 +169,7 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
       });
     });
     block.meet();
-    elements.each([&](auto&, auto& e, int own_row, int own_unit, int64_t, int64_t) {
+    elements.each([&](auto&, auto& e, int own_row, int own_unit, int, int) {
       float product = 0;
 #pragma unroll
       for (int warp = 0; warp < kWarps; ++warp) product += sums[(warp * rows + own_row) * stride + own_unit];
@@ -178,7 +177,7 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
     });
     // Of these and of the sums: the next ones come in their places behind the next meeting.
     block.meet();
-    const int64_t next = step + 1;
+    const int next = step + 1;
     if (next < run.end()) {
       block.each_warp([&](int warp) {
         const int count = count_of(warp);
@@ -238,9 +237,9 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
         }
       });
     }
-    elements.each([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::store(run, e, row, unit); });
+    elements.each([&](auto&, auto& e, int, int, int, int) { Tail::store(run, e); });
   }
-  elements.each([&](auto&, auto& e, int, int, int64_t row, int64_t unit) { Tail::end(run, e, row, unit); });
+  elements.each([&](auto&, auto& e, int, int, int row, int unit) { Tail::end(run, e, row, unit); });
   if (run.sums == nullptr) return;
   // Over the threads of a unit, always in the same order. The others have left the memory, as they met behind it.
   block.each_thread([&](int thread) {
@@ -255,9 +254,9 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
   block.meet();
   block.each_thread([&](int thread) {
     const int k = thread / kUnits;
-    const int64_t unit = unit_block * kUnits + thread % kUnits;
+    const int unit = unit_block * kUnits + thread % kUnits;
     if (k >= Tail::summed || unit >= run.layer.hidden) return;
-    float* const to = run.sums + (group * Tail::summed + k) * run.layer.hidden + unit;
+    float* const to = run.sums + int64_t{group * Tail::summed + k} * run.layer.hidden + unit;
     float total = run.first > 0 ? *to : 0;
     for (int other = 0; other < kThreads / kUnits; ++other) {
       total += sums[(other * Tail::summed + k) * kUnits + thread % kUnits];
@@ -268,7 +267,7 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
 
 // Either of them.
 template <class Tail, int RowTiles, class Block>
-PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int64_t unit_block, int64_t group) {
+PYRNNFAST_DEVICE void sweep(const typename Tail::Run& run, Block& block, int unit_block, int group) {
   if constexpr (Tail::back) {
     sweep_back<Tail, RowTiles>(run, block, unit_block, group);
   } else {

@@ -13,16 +13,25 @@ namespace {
 // What is the same in both passes: see pass.h, which fills it in.
 template <class E>
 struct SweepRun {
-  int64_t first, last;  // steps, in the order of the pass
-  bool descending;      // whether time goes down
-  // In 32 bits, as all of them are on the chip, and 64 take longer.
+  // All in 32 bits, as 64 take longer.
+  int first, last;               // steps, in the order of the pass
+  bool descending;               // whether time goes down
   int unit_blocks, half, spare;  // half: words of one exchange; spare: see Plan
   uint32_t* exchange;            // two, zeros before the first step
   View<E> weights;
 
-  PYRNNFAST_HD int64_t time(const Flow& flow, int64_t step) const { return descending ? flow.steps - 1 - step : step; }
+  // Of an element of a layer, at a step; steps come one after the other.
+  template <class Layer>
+  PYRNNFAST_HD void find(typename Layer::Place& place, const Layer& layer, int step, int row, int unit) const {
+    if (step == first || layer.flow.offsets != nullptr) {
+      place = layer.place(time(layer.flow, step), row, unit);
+    } else {
+      layer.move(place);
+    }
+  }
+  PYRNNFAST_HD int time(const Flow& flow, int step) const { return descending ? flow.steps - 1 - step : step; }
   // Of a step.
-  PYRNNFAST_HD uint32_t* exchange_of(int64_t step) const { return exchange + (static_cast<int>(step) & 1) * half; }
+  PYRNNFAST_HD uint32_t* exchange_of(int step) const { return exchange + (step & 1) * half; }
 };
 
 // To where other blocks read it.
@@ -50,9 +59,7 @@ struct ForwardTail {
     View<E> h_n, c_n;  // after the last one; h_n between chunks too
     View<A> c;         // between chunks
 
-    PYRNNFAST_HD uint32_t* exchange_row(int64_t step, int64_t row) const {
-      return this->exchange_of(step) + static_cast<int>(row) * depth;
-    }
+    PYRNNFAST_HD uint32_t* exchange_row(int step, int row) const { return this->exchange_of(step) + row * depth; }
   };
 
   // What a thread keeps from step to step, all of whose elements are of one unit.
@@ -61,17 +68,18 @@ struct ForwardTail {
   // Of one element, from step to step and from one part of a step to the next.
   struct Element {
     A h, c;
+    typename ForwardLayer<Cell, E>::Place place;
     typename ForwardLayer<Cell, E>::Ahead ahead;
     StepForward<A> step;
   };
 
   // An element of the weights: row `row` of the tile, at `depth` of the exchange.
-  PYRNNFAST_HD static E weight(const Run& run, int64_t block, int tile, int row, int64_t depth) {
-    const int64_t unit = block * kUnits + row, hidden = run.layer.hidden;
+  PYRNNFAST_HD static E weight(const Run& run, int block, int tile, int row, int depth) {
+    const int unit = block * kUnits + row, hidden = run.layer.hidden;
     return unit < hidden && depth < hidden ? run.weights(tile * hidden + unit, depth) : Rounded<E>::from(0);
   }
 
-  PYRNNFAST_HD static void begin(const Run& run, OfUnit& bias, Element& e, int64_t row, int64_t unit) {
+  PYRNNFAST_HD static void begin(const Run& run, OfUnit& bias, Element& e, int row, int unit) {
     bias.read(run.layer.bias_ih, run.layer.bias_hh, run.layer.hidden, unit);
     if (run.first > 0) {
       e.h = widened(run.h_n(row, unit));
@@ -84,32 +92,29 @@ struct ForwardTail {
   }
 
   // Also of units that are none.
-  PYRNNFAST_HD static void write(const Run& run, int64_t step, int64_t row, int64_t unit, A h) {
+  PYRNNFAST_HD static void write(const Run& run, int step, int row, int unit, A h) {
     hand_over(run.exchange_row(step, row) + unit, Tagged<E>::from(h, step));
   }
 
   // What the step wants from far away, before it waits for the others.
-  PYRNNFAST_HD static void fetch(const Run& run, int64_t step, Element& e, int64_t row, int64_t unit) {
-    e.ahead = run.layer.ahead(run.time(run.layer.flow, step), row, unit);
+  PYRNNFAST_HD static void fetch(const Run& run, int step, Element& e, int row, int unit) {
+    run.find(e.place, run.layer, step, row, unit);
+    e.ahead = run.layer.ahead(e.place, run.time(run.layer.flow, step), row);
   }
 
   // What the others wait for.
-  PYRNNFAST_HD static void finish(const Run& run, int64_t step, const OfUnit& bias, Element& e, int64_t row,
-                                  int64_t unit, const A (&product)[weight_tiles]) {
+  PYRNNFAST_HD static void finish(const Run& run, int step, const OfUnit& bias, Element& e, int row, int unit,
+                                  const A (&product)[weight_tiles]) {
     if (e.ahead.here) e.step = run.layer.template step<FastMath<A>>(e.ahead, bias, product, e.h, e.c);
     write(run, step + 1, row, unit, e.h);
   }
 
-  PYRNNFAST_HD static void blank(const Run& run, int64_t step, int64_t row, int64_t unit) {
-    write(run, step, row, unit, A(0));
-  }
+  PYRNNFAST_HD static void blank(const Run& run, int step, int row, int unit) { write(run, step, row, unit, A(0)); }
 
   // What nobody waits for.
-  PYRNNFAST_HD static void store(const Run& run, Element& e, int64_t, int64_t unit) {
-    run.layer.store(e.ahead, unit, e.step);
-  }
+  PYRNNFAST_HD static void store(const Run& run, Element& e) { run.layer.store(e.ahead, e.place, e.step); }
 
-  PYRNNFAST_HD static void end(const Run& run, const Element& e, int64_t row, int64_t unit) {
+  PYRNNFAST_HD static void end(const Run& run, const Element& e, int row, int unit) {
     run.h_n(row, unit) = Rounded<E>::from(e.h);
     if (!Cell::has_cell) return;
     if (run.last < run.layer.flow.steps) {
@@ -138,8 +143,8 @@ struct BackwardTail {
     A* sums;                     // [row groups, dgates · H] of gate gradients; null where nobody wants them
 
     // One more product than there are steps gives ∂L/∂h0.
-    PYRNNFAST_HD int64_t end() const { return states ? layer.flow.steps + 1 : layer.flow.steps; }
-    PYRNNFAST_HD int64_t last_sweep_step() const { return this->last == layer.flow.steps ? end() : this->last; }
+    PYRNNFAST_HD int end() const { return states ? layer.flow.steps + 1 : layer.flow.steps; }
+    PYRNNFAST_HD int last_sweep_step() const { return this->last == layer.flow.steps ? end() : this->last; }
   };
 
   struct OfUnit {};
@@ -148,18 +153,19 @@ struct BackwardTail {
     A carry, product;
     A dh;  // ∂L/∂h0, but for what the carry adds
     A sum[summed];
+    typename BackwardLayer<Cell, E>::Place place;
     typename BackwardLayer<Cell, E>::Ahead ahead;
     StepBackward<A> step;
   };
 
   // Of what the units of `block` add to those of `other`: what goes from `depth` of the former, for each gate its
   // units, to `row` of the latter.
-  PYRNNFAST_HD static E weight(const Run& run, int64_t block, int64_t other, int row, int depth) {
-    const int64_t from = block * kUnits + depth % kUnits, to = other * kUnits + row, hidden = run.layer.hidden;
+  PYRNNFAST_HD static E weight(const Run& run, int block, int other, int row, int depth) {
+    const int from = block * kUnits + depth % kUnits, to = other * kUnits + row, hidden = run.layer.hidden;
     return from < hidden && to < hidden ? run.weights(depth / kUnits * hidden + from, to) : Rounded<E>::from(0);
   }
 
-  PYRNNFAST_HD static void begin(const Run& run, OfUnit&, Element& e, int64_t row, int64_t unit) {
+  PYRNNFAST_HD static void begin(const Run& run, OfUnit&, Element& e, int row, int unit) {
     if (run.first > 0) {
       e.carry = Cell::has_carry ? run.carry(row, unit) : A(0);
       e.dh = run.states ? run.dh(row, unit) : A(0);
@@ -171,8 +177,9 @@ struct BackwardTail {
     e.dh = run.grad_h_n.present() ? A(widened(run.grad_h_n(row, unit))) : A(0);
   }
 
-  PYRNNFAST_HD static void fetch(const Run& run, int64_t step, Element& e, int64_t row, int64_t unit) {
-    e.ahead = run.layer.ahead(run.time(run.layer.flow, step), row, unit);
+  PYRNNFAST_HD static void fetch(const Run& run, int step, Element& e, int row, int unit) {
+    run.find(e.place, run.layer, step, row, unit);
+    e.ahead = run.layer.ahead(e.place, run.time(run.layer.flow, step), row, unit);
   }
 
   // `operand`: of the sequence, for each gate the block's units.
@@ -187,13 +194,13 @@ struct BackwardTail {
     ((operand[Gate * kUnits] = for_tensor_cores<E>(s.dgates[RecurrentDgate<Cell, Gate>::value])), ...);
   }
 
-  PYRNNFAST_HD static void store(const Run& run, Element& e, int64_t, int64_t unit) {
+  PYRNNFAST_HD static void store(const Run& run, Element& e) {
     if (!e.ahead.here && e.ahead.from_later) e.dh = e.ahead.passed_on ? e.product : A(0);
     for (int k = 0; k < summed; ++k) e.sum[k] += e.step.dgates[k];
-    run.layer.store(e.ahead, unit, e.step);
+    run.layer.store(e.ahead, e.place, e.step);
   }
 
-  PYRNNFAST_HD static void end(const Run& run, const Element& e, int64_t row, int64_t unit) {
+  PYRNNFAST_HD static void end(const Run& run, const Element& e, int row, int unit) {
     if (run.last < run.layer.flow.steps) {
       if (Cell::has_carry) run.carry(row, unit) = e.carry;
       if (run.states) run.dh(row, unit) = e.dh;

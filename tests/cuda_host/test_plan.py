@@ -96,7 +96,7 @@ def shared_bytes(p: dict[str, Any], found: dict[str, Any]) -> int:
         gradients = rows * (products // 2 * 64 + 32)
         return int(WARPS * found["spare"] * products * LANES * 16 + WARPS * rows * (UNITS + 4) * 4 + gradients)
     tiles = GATES[p["cell"]]
-    return int(WARPS * found["spare"] * tiles * LANES * 32 + WARPS * rows * (tiles * UNITS + 4) * 4)
+    return int(WARPS * found["spare"] * tiles * LANES * 32 + WARPS * rows * (UNITS + 4 if tiles == 1 else 4 * (UNITS + 1)) * 4)
 
 
 @settings(max_examples=1000)
