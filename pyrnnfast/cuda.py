@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -100,8 +101,9 @@ def use(path: str | None) -> Iterator[None]:
 # What there is ----------------------------------------------------------------------------------------------------
 
 
-class Loaded(NamedTuple):
-    """The kernels, and the devices that they could run on."""
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """The kernels, and the devices that they could run on. One is known by its identity, as what follows from it is."""
 
     module: Any = None
     """With the functions of ``_cuda``; None: it is not there."""
@@ -140,7 +142,6 @@ def capability(device: dict[str, Any]) -> str:
     return f"{device['major']}.{device['minor']}"
 
 
-@functools.lru_cache(maxsize=64)
 def runs_on(architectures: str, major: int, minor: int) -> bool:
     """Whether code compiled for ``architectures``, such as "80;90a;120+PTX", runs on a card.
 
@@ -159,9 +160,9 @@ def takes(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def _missing(index: int) -> str | None:
+@functools.lru_cache(maxsize=64)
+def _missing(loaded: Loaded, index: int) -> str | None:
     """Why our kernels cannot serve a device."""
-    loaded = load()
     if loaded.reason is not None:
         return loaded.reason
     if index >= len(loaded.devices):
@@ -173,10 +174,6 @@ def _missing(index: int) -> str | None:
             f"{capability(device)}"
         )
     return None
-
-
-def _capability(index: int) -> str:
-    return capability(load().devices[index])
 
 
 def _index(tensor: Tensor) -> int:
@@ -200,42 +197,60 @@ def choose(tensor: Tensor, problem: Callable[[], Problem | None], ours_alone: st
             follows from it, so that a call which torch takes anyway is not kept waiting
         ours_alone: what is asked for that torch's layers do not have, so that any record will do
     """
-    index, path = _index(tensor), _asked
-    missing = _missing(index)
+    state = load(), table(), _asked, _index(tensor)
+    choice = _for_all(*state)
+    if choice is None:
+        call = problem()
+        if call is None:
+            return Choice("torch", "the operands do not fit together")
+        choice = _for_call(*state, call, ours_alone)
+    # Switched off, and torch does without it.
+    return choice._replace(path="torch") if choice.path == CUDNN and not torch.backends.cudnn.enabled else choice
+
+
+# To decide takes longer than a launch, and a network makes the same call again and again.
+_remembered = functools.lru_cache(maxsize=4096)
+
+
+@_remembered
+def _for_all(loaded: Loaded, measured: Table, asked: str | None, index: int) -> Choice | None:
+    """The choice where it is the same for all calls on a device."""
+    missing = _missing(loaded, index)
     if missing is not None:
-        return _of_torch(missing)
-    if path == CUDNN:
-        return _of_torch(_ASKED)
-    if path is None and _capability(index) not in table().capabilities:
-        return _of_torch(_unrecorded(index))
-    call = problem()
-    if call is None:
-        return Choice("torch", "the operands do not fit together")
-    if path is not None:
-        return _planned(_forms(index, call), _ASKED)
+        return Choice(CUDNN, missing)
+    if asked == CUDNN:
+        return Choice(CUDNN, _ASKED)
+    if asked is None and capability(loaded.devices[index]) not in measured.capabilities:
+        return Choice(CUDNN, _unrecorded(loaded, index))
+    return None
+
+
+@_remembered
+def _for_call(
+    loaded: Loaded, measured: Table, asked: str | None, index: int, call: Problem, ours_alone: str | None
+) -> Choice:
+    """The choice elsewhere."""
+    forms = _forms(loaded, measured, asked, index, call)
+    if asked is not None:
+        return _planned(forms, _ASKED)
     if ours_alone is not None:
-        return _planned(_forms(index, call), f"torch's layers have no {ours_alone}")
-    verdict = table().verdict(_capability(index), call)
+        return _planned(forms, f"torch's layers have no {ours_alone}")
+    verdict = measured.verdict(capability(loaded.devices[index]), call)
     if verdict is None:
-        return _of_torch("no shape near this one was measured")
+        return Choice(CUDNN, "no shape near this one was measured")
     if not verdict.ours:
-        return _of_torch(f"it took {1 / verdict.ratio:.2f} of our time for {verdict.evidence}")
-    forms = _forms(index, call)
+        return Choice(CUDNN, f"it took {1 / verdict.ratio:.2f} of our time for {verdict.evidence}")
     if verdict.path == PERSISTENT and any(form != PERSISTENT for form, _ in forms):
-        return _of_torch(f"the persistent form, measured for {verdict.evidence}, has no plan for every pass of this")
+        why = f"the persistent form, measured for {verdict.evidence}, has no plan for every pass of this"
+        return Choice(CUDNN, why)
     return _planned(forms, f"cuDNN took {1 / verdict.ratio:.2f} times as long for {verdict.evidence}")
 
 
 _ASKED = "it is asked for"
 
 
-def _unrecorded(index: int) -> str:
-    return f"our kernels have no record from a card of compute capability {_capability(index)}"
-
-
-def _of_torch(reason: str) -> Choice:
-    # Switched off, and torch does without it.
-    return Choice(CUDNN if torch.backends.cudnn.enabled else "torch", reason)
+def _unrecorded(loaded: Loaded, index: int) -> str:
+    return f"our kernels have no record from a card of compute capability {capability(loaded.devices[index])}"
 
 
 def _planned(forms: Sequence[tuple[str, str]], reason: str) -> Choice:
@@ -252,37 +267,28 @@ def _of_ours(path: str, reason: str) -> Choice:
     return Choice(path, f"served by pyrnnfast._cuda: {reason}")
 
 
-def _forms(index: int, call: Problem) -> list[tuple[str, str]]:
+def _forms(loaded: Loaded, measured: Table, asked: str | None, index: int, call: Problem) -> list[tuple[str, str]]:
     """As :func:`_form`, layer by layer and pass by pass."""
     directions = 2 if call.bidirectional else 1
     inputs = [call.inputs] if call.layers == 1 else [call.inputs, directions * call.hidden]
     layers = [call._replace(inputs=i, layers=1) for i in inputs]
-    return [_form(index, layer, back) for layer in layers for back in ((False, True) if call.training else (False,))]
+    passes = (False, True) if call.training else (False,)
+    return [_form(loaded, measured, asked, index, layer, back) for layer in layers for back in passes]
 
 
-def _form(index: int, layer: Problem, back: bool) -> tuple[str, str]:
+@_remembered
+def _form(
+    loaded: Loaded, measured: Table, asked: str | None, index: int, layer: Problem, back: bool
+) -> tuple[str, str]:
     """``"step"`` or ``"persistent"`` for a pass of one layer; and, where that is not what is wanted, why."""
-    wanted = _asked
+    device = loaded.devices[index]
+    wanted = asked
     if wanted is None or wanted == CUDNN:
-        measured = table()
-        wanted = measured.form(_capability(index), layer) if measured.capabilities else None
+        wanted = measured.form(capability(device), layer) if measured.capabilities else None
     if wanted != PERSISTENT:
         return _STEP_FORM, ""
-    loaded = load()
-    return _plan(loaded.module, tuple(loaded.devices[index].items()), layer, back)
-
-
-@functools.lru_cache(maxsize=4096)  # it is asked before every pass
-def _plan(module: Any, device: tuple[tuple[str, Any], ...], layer: Problem, back: bool) -> tuple[str, str]:
-    found = module.plan(
-        dict(device),
-        back,
-        layer.cell,
-        layer.dtype,
-        *layer.shape,
-        2 if layer.bidirectional else 1,
-        layer.tf32,
-    )
+    directions = 2 if layer.bidirectional else 1
+    found = loaded.module.plan(device, back, layer.cell, layer.dtype, *layer.shape, directions, layer.tf32)
     return found["form"], "" if found["form"] == PERSISTENT else found["reason"]
 
 
@@ -311,15 +317,16 @@ def choose_for_graph(tensor: Tensor) -> Choice:
 @_constant
 def _for_graph(index: int, path: str | None) -> str:
     """Path and reason in one text, as Dynamo takes no tuple for a constant (torch 2.11)."""
-    missing = _missing(index)
+    loaded = load()
+    missing = _missing(loaded, index)
     if missing is not None:
         choice = Choice("torch", missing)
     elif path is not None:
         choice = Choice("torch", _ASKED) if path == CUDNN else _of_ours(path, _ASKED)
-    elif _capability(index) in table().capabilities:
+    elif capability(loaded.devices[index]) in table().capabilities:
         choice = _of_ours(FUSED, "torch would record its own layers step by step")
     else:
-        choice = Choice("torch", _unrecorded(index))
+        choice = Choice("torch", _unrecorded(loaded, index))
     return f"{choice.path}: {choice.reason}"
 
 
@@ -330,7 +337,8 @@ def tf32() -> bool:
     ``torch.backends.fp32_precision`` all end in this one value, which torch's own layers ask for (in C++,
     ``allowTF32CuDNN(Float32Op::RNN)``); on unless somebody has switched it off.
     """
-    precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    # What `torch.backends.cudnn.rnn.fp32_precision` asks, in a tenth of the time.
+    precision: str = torch._C._get_fp32_precision_getter("cuda", "rnn")
     # NVIDIA's libraries obey it above all switches.
     return precision == "tf32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
 
@@ -356,9 +364,9 @@ def forward(
     threads: int,
 ) -> None:
     """``_cpu.forward`` for tensors on a CUDA device; ``threads`` is only there to make it so."""
-    loaded, (form, narrow) = load(), _pass(cell, x, weights, batch_sizes, training=bool(kept), back=False)
+    module, form, narrow = _pass(cell, x, weights, batch_sizes, training=bool(kept), back=False)
     with _on_device_of(x):
-        loaded.module.forward(cell, x, h0, c0, weights, y, h_n, c_n, kept, batch_sizes, form, narrow)
+        module.forward(cell, x, h0, c0, weights, y, h_n, c_n, kept, batch_sizes, form, narrow)
 
 
 def backward(
@@ -382,10 +390,10 @@ def backward(
     threads: int,
 ) -> None:
     """``_cpu.backward`` likewise."""
-    loaded, (form, narrow) = load(), _pass(cell, x, weights, batch_sizes, training=True, back=True)
+    module, form, narrow = _pass(cell, x, weights, batch_sizes, training=True, back=True)
     upstream = grad_y, grad_h_n, grad_c_n, grad_cells
     with _on_device_of(x):
-        loaded.module.backward(
+        module.backward(
             cell, x, h0, c0, weights, y, kept, *upstream, dx, dh0, dc0, dweights, dgates, batch_sizes, form, narrow
         )
 
@@ -397,14 +405,14 @@ def _pass(
     batch_sizes: Tensor | Tensors | None,
     training: bool,
     back: bool,
-) -> tuple[str, bool]:
-    """The form of a pass, and whether it may use TF32.
+) -> tuple[Any, str, bool]:
+    """The module for a pass, its form, and whether it may use TF32.
 
     Raises:
         RuntimeError: there are no kernels for this device. Nobody comes here then but by calling the operators.
     """
-    index = _index(x)
-    missing = _missing(index)
+    loaded, index = load(), _index(x)
+    missing = _missing(loaded, index)
     if missing is not None:
         raise RuntimeError(f"pyrnnfast's kernels do not serve {x.device}: {missing}")
     narrow = x.dtype is torch.float32 and tf32()
@@ -426,7 +434,7 @@ def _pass(
         packed=packed,
         padded=batch_sizes is not None and not packed,
     )
-    return _form(index, layer, back)[0], narrow
+    return loaded.module, _form(loaded, table(), _asked, index, layer, back)[0], narrow
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -374,7 +374,8 @@ def test_a_measured_form_without_a_plan_is_no_choice(monkeypatch: pytest.MonkeyP
     assert path == "cudnn"
     assert "has no plan" in reason
     module.persistent = True
-    cuda._plan.cache_clear()
+    cuda._form.cache_clear()
+    cuda._for_call.cache_clear()
     assert explained().path == "persistent"
 
 
