@@ -137,10 +137,13 @@ struct ForwardLayer {
 
   PYRNNFAST_HD Ahead ahead(const Place& p, int t, int row) const {
     Ahead a;
-    a.in_data = flow.has_row(t, row);
-    a.here = flow.here(t, row);
-    if (!a.here) return a;
-    a.cleared = !flow.plain && flow.start(t, row) == Start::zeros;
+    a.in_data = a.here = true;
+    if (!flow.plain) {
+      a.in_data = flow.has_row(t, row);
+      a.here = flow.here(t, row);
+      if (!a.here) return a;
+      a.cleared = flow.start(t, row) == Start::zeros;
+    }
     for (int g = 0; g < Cell::gates; ++g) a.x[g] = p.x[g * hidden];
     return a;
   }
@@ -261,8 +264,8 @@ struct BackwardLayer {
     const int later = flow.later(t);
     a.from_later = flow.here(later, row);
     a.passed_on = a.from_later && (flow.plain || flow.start(later, row) != Start::zeros);
-    a.in_data = flow.has_row(t, row);
     a.here = flow.here(t, row);
+    a.in_data = flow.plain ? a.here : flow.has_row(t, row);
     if (!a.here) return a;
     if (!a.from_later && grad_h_n.present()) a.grad_h_n = grad_h_n(row, unit);
     if (grad_y.present()) a.grad_y = *p.grad_y;

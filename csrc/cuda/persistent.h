@@ -125,6 +125,13 @@ class Elements {
   typename Block::template EachThread<Own> threads_;
 };
 
+// In pairs, so that no sum waits for seven others.
+template <class Part>
+PYRNNFAST_HD float sum_of_warps(const Part& part) {
+  static_assert(kWarps == 8);
+  return ((part(0) + part(1)) + (part(2) + part(3))) + ((part(4) + part(5)) + (part(6) + part(7)));
+}
+
 // `unit_block`: the number of its units; `group`: of its sequences.
 template <class Tail, int RowTiles, class Block>
 PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block, int unit_block, int group) {
@@ -324,15 +331,16 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
     });
     block.meet();
     elements.each(
-        [&](auto& own, auto& e, int own_row, int own_unit, int row, int unit) {
-          float product[weight_tiles] = {};
+        [&](auto& own, auto& e, int own_row, int own_unit, int, int) {
+          float product[weight_tiles];
+          Together part[kWarps];
 #pragma unroll
-          for (int warp = 0; warp < kWarps; ++warp) {
-            const Together part = sums[(warp * rows + own_row) * stride + own_unit];
+          for (int warp = 0; warp < kWarps; ++warp) part[warp] = sums[(warp * rows + own_row) * stride + own_unit];
 #pragma unroll
-            for (int tile = 0; tile < weight_tiles; ++tile) product[tile] += part.of[tile];
+          for (int tile = 0; tile < weight_tiles; ++tile) {
+            product[tile] = sum_of_warps([&](int warp) { return part[warp].of[tile]; });
           }
-          Tail::finish(run, step, own.of_unit, e, row, unit, product);
+          Tail::finish(run, step, own.of_unit, e, product);
         },
         [&](int row, int unit) { Tail::blank(run, step + 1, row, unit); });
     // The next step's sums come in the place of these.

@@ -170,9 +170,7 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
     });
     block.meet();
     elements.each([&](auto&, auto& e, int own_row, int own_unit, int, int) {
-      float product = 0;
-#pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) product += sums[(warp * rows + own_row) * stride + own_unit];
+      const float product = sum_of_warps([&](int warp) { return sums[(warp * rows + own_row) * stride + own_unit]; });
       Tail::finish(run, e, product, operand + own_row * operand_stride, own_unit);
     });
     // Of these and of the sums: the next ones come in their places behind the next meeting.

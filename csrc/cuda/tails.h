@@ -68,6 +68,7 @@ struct ForwardTail {
   // Of one element, from step to step and from one part of a step to the next.
   struct Element {
     A h, c;
+    uint32_t* to;  // where it is handed over for even steps
     typename ForwardLayer<Cell, E>::Place place;
     typename ForwardLayer<Cell, E>::Ahead ahead;
     StepForward<A> step;
@@ -81,6 +82,7 @@ struct ForwardTail {
 
   PYRNNFAST_HD static void begin(const Run& run, OfUnit& bias, Element& e, int row, int unit) {
     bias.read(run.layer.bias_ih, run.layer.bias_hh, run.layer.hidden, unit);
+    e.to = run.exchange_row(0, row) + unit;
     if (run.first > 0) {
       e.h = widened(run.h_n(row, unit));
       e.c = Cell::has_cell ? run.c(row, unit) : A(0);
@@ -88,12 +90,7 @@ struct ForwardTail {
     }
     e.h = run.h0.present() ? A(widened(run.h0(row, unit))) : A(0);
     e.c = Cell::has_cell && run.c0.present() ? A(widened(run.c0(row, unit))) : A(0);
-    if (!run.starts_with_zeros) write(run, 0, row, unit, e.h);
-  }
-
-  // Also of units that are none.
-  PYRNNFAST_HD static void write(const Run& run, int step, int row, int unit, A h) {
-    hand_over(run.exchange_row(step, row) + unit, Tagged<E>::from(h, step));
+    if (!run.starts_with_zeros) hand_over(e.to, Tagged<E>::from(e.h, 0));
   }
 
   // What the step wants from far away, before it waits for the others.
@@ -103,13 +100,17 @@ struct ForwardTail {
   }
 
   // What the others wait for.
-  PYRNNFAST_HD static void finish(const Run& run, int step, const OfUnit& bias, Element& e, int row, int unit,
+  PYRNNFAST_HD static void finish(const Run& run, int step, const OfUnit& bias, Element& e,
                                   const A (&product)[weight_tiles]) {
+    uint32_t* const to = e.to + ((step + 1) & 1) * run.half;
     if (e.ahead.here) e.step = run.layer.template step<FastMath<A>>(e.ahead, bias, product, e.h, e.c);
-    write(run, step + 1, row, unit, e.h);
+    hand_over(to, Tagged<E>::from(e.h, step + 1));
   }
 
-  PYRNNFAST_HD static void blank(const Run& run, int step, int row, int unit) { write(run, step, row, unit, A(0)); }
+  // Of units that are none.
+  PYRNNFAST_HD static void blank(const Run& run, int step, int row, int unit) {
+    hand_over(run.exchange_row(step, row) + unit, Tagged<E>::from(A(0), step));
+  }
 
   // What nobody waits for.
   PYRNNFAST_HD static void store(const Run& run, Element& e) { run.layer.store(e.ahead, e.place, e.step); }
