@@ -142,13 +142,13 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
     module = types.SimpleNamespace(architectures=lambda: "80;90", devices=devices)
     found = loaded_with(monkeypatch, lambda name: module)
-    assert found == (module, "80;90", (), "no CUDA device: CUDA driver version is insufficient")
+    assert vars(found) == vars(cuda.Loaded(module, "80;90", (), "no CUDA device: CUDA driver version is insufficient"))
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.SimpleNamespace(architectures=lambda: "90", devices=lambda: [{"name": "a"}, {"name": "b"}])
     found = loaded_with(monkeypatch, lambda name: module)
-    assert found == (module, "90", ({"name": "a"}, {"name": "b"}), None)
+    assert vars(found) == vars(cuda.Loaded(module, "90", ({"name": "a"}, {"name": "b"})))
 
 
 @pytest.mark.parametrize(
@@ -354,6 +354,21 @@ def test_persistent_with_a_plan_for_some(monkeypatch: pytest.MonkeyPatch) -> Non
         *[("forward", "step")] * 2,
         *[("backward", "step")] * 3,
     ]
+
+
+def test_a_call_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What took longer than to issue a launch; and a decision is only remembered for what it follows from."""
+    module = Fake()
+    install(monkeypatch, module, of(row(0.5, shape=SHAPE, path="persistent")))
+    assert explained().path == "persistent"
+    count = len(module.planned)
+    assert explained().path == "persistent" and len(module.planned) == count
+    with cuda.use("step"):
+        assert explained().path == "fused"
+    install(monkeypatch, module, of(row(2.0, shape=SHAPE, path="persistent")))
+    assert explained().path == "cudnn"
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    assert explained().path == "torch"
 
 
 def test_threads_that_ask_may_leave_in_any_order() -> None:

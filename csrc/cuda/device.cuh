@@ -67,20 +67,14 @@ struct DeviceBlock {
 
   __device__ void meet() { __syncthreads(); }
 
-  // Words of other blocks as they are at this moment, and for them, where that is wanted. Predicated, not branched
-  // around, so that several are under way at once.
-  __device__ void load(Words& to, const uint32_t* from, bool wanted) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "setp.ne.s32 p, %5, 0;\n"
-        "@p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-        "}"
-        : "+r"(to.word[0]), "+r"(to.word[1]), "+r"(to.word[2]), "+r"(to.word[3])
-        : "l"(from), "r"(static_cast<int>(wanted))
-        : "memory");
+  // Words of other blocks, as they are at this moment. Not branched around, so that several are under way at once.
+  __device__ void load(Words& to, const uint32_t* from) {
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.word[0]), "=r"(to.word[1]), "=r"(to.word[2]), "=r"(to.word[3])
+                 : "l"(from)
+                 : "memory");
   }
-
+  // And for them, where that is wanted.
   __device__ void store(const Words& words, uint32_t* to, bool wanted) {
     asm volatile(
         "{\n"

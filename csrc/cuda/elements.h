@@ -127,12 +127,13 @@ struct ForwardLayer {
     return {xgates.at(first - base, row, unit), y.at(first, row, unit), saved.at(first, row, unit),
             cells.at(first, row, unit)};
   }
-  // To the next step, where the batch size does not change.
+  // Some steps on, where the batch size does not change.
+  template <int Steps>
   PYRNNFAST_HD void move(Place& p) const {
-    p.x += xgates.step;
-    p.y += y.step;
-    p.saved += saved.step;
-    p.cells += cells.step;
+    p.x += Steps * xgates.step;
+    p.y += Steps * y.step;
+    p.saved += Steps * saved.step;
+    p.cells += Steps * cells.step;
   }
 
   PYRNNFAST_HD Ahead ahead(const Place& p, int t, int row) const {
@@ -249,14 +250,15 @@ struct BackwardLayer {
             dgates.at(first - base, row, unit),
             h_prev_rows.at(first - base, row, unit)};
   }
+  template <int Steps>
   PYRNNFAST_HD void move(Place& p) const {
-    p.grad_y += grad_y.step;
-    p.y += y.step;
-    p.saved += saved.step;
-    p.cells += cells.step;
-    p.grad_cells += grad_cells.step;
-    p.dgates += dgates.step;
-    p.h_prev_rows += h_prev_rows.step;
+    p.grad_y += Steps * grad_y.step;
+    p.y += Steps * y.step;
+    p.saved += Steps * saved.step;
+    p.cells += Steps * cells.step;
+    p.grad_cells += Steps * grad_cells.step;
+    p.dgates += Steps * dgates.step;
+    p.h_prev_rows += Steps * h_prev_rows.step;
   }
 
   PYRNNFAST_HD Ahead ahead(const Place& p, int t, int row, int unit) const {

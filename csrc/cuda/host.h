@@ -72,8 +72,8 @@ class HostBlock {
 
   void meet() { pause(); }
 
-  void load(Words& to, const uint32_t* from, bool wanted) {
-    for (int i = 0; i < 4 && wanted; ++i) to.word[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
+  void load(Words& to, const uint32_t* from) {
+    for (int i = 0; i < 4; ++i) to.word[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
   }
 
   void store(const Words& words, uint32_t* to, bool wanted) {

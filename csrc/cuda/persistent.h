@@ -23,6 +23,8 @@
 // lane has as two products, of two words each.
 #pragma once
 
+#include <type_traits>
+
 #include "plan.h"
 #include "tails.h"
 
@@ -74,47 +76,121 @@ struct WeightWords {
   Words low, high;
 };
 
+// body(n) with the constant n = count, of 1 to Most: what is unrolled for exactly as many needs no conditions.
+template <int Most, class Body>
+PYRNNFAST_DEVICE void with_count(int count, const Body& body) {
+  if constexpr (Most > 1) {
+    if (count < Most) return with_count<Most - 1>(count, body);
+  }
+  body(std::integral_constant<int, Most>{});
+}
+
 // The elements of a block: of each thread some, all of one unit.
+//
+// Where half of the threads would do, there are two groups of them, each with all elements, that take the steps in
+// turns. While one finishes a step, for which all wait, the other stores what it made of the step before, and fetches
+// what it will want for the next: that takes as long. What an element carries from step to step changes hands.
 template <class Tail, int RowTiles, class Block>
 class Elements {
  public:
-  static constexpr int kRows = RowTiles * kTileRows, kOfThread = (kRows * kUnits + kThreads - 1) / kThreads;
-  static_assert(kThreads % kUnits == 0, "all elements of a thread are of one unit");
+  static constexpr int kRows = RowTiles * kTileRows, kCount = kRows * kUnits;
+  static constexpr int kGroups = groups_of_threads(RowTiles), kGroupThreads = kThreads / kGroups;
+  static constexpr int kOfThread = (kCount + kGroupThreads - 1) / kGroupThreads;
+  static_assert(kGroupThreads % kUnits == 0, "all elements of a thread are of one unit");
+  using Carried = typename Tail::Carried;
 
   struct Own {
     typename Tail::OfUnit of_unit;
     typename Tail::Element element[kOfThread];
   };
 
-  PYRNNFAST_DEVICE Elements(const typename Tail::Run& run, Block& block, int unit_block, int group)
-      : run_(run), block_(block), first_unit_(unit_block * kUnits), first_row_(group * kRows) {}
+  // `carried`: of two groups, shared memory for what the elements carry.
+  PYRNNFAST_DEVICE Elements(const typename Tail::Run& run, Block& block, int unit_block, int group, void* carried)
+      : run_(run),
+        block_(block),
+        first_unit_(unit_block * kUnits),
+        first_row_(group * kRows),
+        carried_(static_cast<Carried*>(carried)) {}
 
   PYRNNFAST_DEVICE Own& of(int thread) { return threads_[thread]; }
 
-  // body(own, element, row of the block, unit of the block, row of the batch, unit) where there is such; other(row,
-  // unit) of units that are none.
+  // Of all groups, or of that whose turn is `step`: body(own, element, row of the block, unit of the block, row of the
+  // batch, unit) where there is such; other(row, unit) of units that are none.
   template <class Body, class Other>
   PYRNNFAST_DEVICE void each(const Body& body, const Other& other) {
+    block_.each_thread([&](int thread) { of_thread(thread, body, other); });
+  }
+  template <class Body, class Other>
+  PYRNNFAST_DEVICE void at(int step, const Body& body, const Other& other) {
     block_.each_thread([&](int thread) {
-#pragma unroll
-      for (int i = 0; i < kOfThread; ++i) {
-        const int place = i * kThreads + thread, row = row_of(place / kUnits);
-        const int unit = first_unit_ + place % kUnits;
-        if (place >= kRows * kUnits || first_row_ + row >= run_.layer.flow.batch) continue;
-        if (unit < run_.layer.hidden) {
-          body(threads_[thread], threads_[thread].element[i], row, place % kUnits, first_row_ + row, unit);
-        } else {
-          other(first_row_ + row, unit);
-        }
-      }
+      if (kGroups == 1 || thread / kGroupThreads == (step & 1)) of_thread(thread, body, other);
     });
   }
   template <class Body>
-  PYRNNFAST_DEVICE void each(const Body& body) {
-    each(body, [](int, int) {});
+  PYRNNFAST_DEVICE void at(int step, const Body& body) {
+    at(step, body, [](int, int) {});
+  }
+
+  // Before the first step, after each(Tail::begin). A meeting has to follow.
+  PYRNNFAST_DEVICE void begin() {
+    if constexpr (kGroups > 1) {
+      at(run_.first,
+         [&](auto&, auto& e, int row, int unit, int, int) { carried_[row * kUnits + unit] = Tail::give(e); });
+    }
+    fetch(run_.first);
+  }
+  // All that is done to elements at a step, between two meetings: finish(own, element, row and unit of the block).
+  template <class Finish, class Other>
+  PYRNNFAST_DEVICE void step(int step, int last, const Finish& finish, const Other& other) {
+    at(
+        step,
+        [&](auto& own, auto& e, int row, int unit, int, int) {
+          if constexpr (kGroups > 1) Tail::take(e, carried_[row * kUnits + unit]);
+          finish(own, e, row, unit);
+          if constexpr (kGroups > 1) carried_[row * kUnits + unit] = Tail::give(e);
+        },
+        other);
+    if constexpr (kGroups > 1) between(step, last);
+  }
+  // Behind the second of them.
+  PYRNNFAST_DEVICE void rest(int step, int last) {
+    if constexpr (kGroups == 1) between(step + 1, last);
+  }
+  // After the last one.
+  PYRNNFAST_DEVICE void end(int last) {
+    if (kGroups > 1 && last > run_.first) store(last - 1);
+    at(last - 1, [&](auto&, auto& e, int, int, int row, int unit) { Tail::end(run_, e, row, unit); });
   }
 
  private:
+  template <class Body, class Other>
+  PYRNNFAST_DEVICE void of_thread(int thread, const Body& body, const Other& other) {
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int place = i * kGroupThreads + thread % kGroupThreads, row = row_of(place / kUnits);
+      const int unit = first_unit_ + place % kUnits;
+      if (place >= kCount || first_row_ + row >= run_.layer.flow.batch) continue;
+      if (unit < run_.layer.hidden) {
+        body(threads_[thread], threads_[thread].element[i], row, place % kUnits, first_row_ + row, unit);
+      } else {
+        other(first_row_ + row, unit);
+      }
+    }
+  }
+  PYRNNFAST_DEVICE void fetch(int step) {
+    at(step,
+       [&](auto&, auto& e, int, int, int row, int unit) { Tail::template fetch<kGroups>(run_, step, e, row, unit); });
+  }
+  PYRNNFAST_DEVICE void store(int step) {
+    at(step, [&](auto&, auto& e, int, int, int, int) { Tail::store(run_, e); });
+  }
+  // What is left of the step before, and what can be done ahead for the one behind: of the same group, or the only one.
+  PYRNNFAST_DEVICE void between(int step, int last) {
+    const int ahead = kGroups == 1 ? step : step + 1;
+    if (step > run_.first) store(step - 1);
+    if (ahead < last) fetch(ahead);
+  }
+
   // The two rows of a warp are four apart, so that their sums, whose rows are 4 banks apart, do not lie in the same
   // banks of shared memory.
   PYRNNFAST_DEVICE static int row_of(int index) { return (index & ~7) | (index & 1) << 2 | (index >> 1 & 3); }
@@ -122,6 +198,7 @@ class Elements {
   const typename Tail::Run& run_;
   Block& block_;
   const int first_unit_, first_row_;
+  Carried* const carried_;
   typename Block::template EachThread<Own> threads_;
 };
 
@@ -153,15 +230,17 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
   constexpr int at_once = RowTiles == 1 && weight_tiles == 4 && loads == 2 ? 2 : 4 / RowTiles,
                 chains = weight_tiles == 1 ? at_once : 1;
 
+  constexpr int in_registers = at_once < held ? at_once : held > 0 ? held : 1;  // of those loaded together
+
   struct Fragments {
     typename Block::template EachLane<WeightWords> tile[held > 0 ? held : 1][weight_tiles];
   };
   typename Block::template EachWarp<Fragments> weights;
-  Elements<Tail, RowTiles, Block> elements(run, block, unit_block, group);
   // Of each warp, fragment, tile: the low half of all lanes, then the high one, against bank conflicts.
   Words* const spare = block.template shared<Words>();
   // [warp, row, unit]
   Together* const sums = reinterpret_cast<Together*>(spare + kWarps * run.spare * weight_tiles * 2 * kLanes);
+  Elements<Tail, RowTiles, Block> elements(run, block, unit_block, group, sums + kWarps * rows * stride);
   const auto spare_of = [&](int warp, int index, int tile) {
     return spare + ((warp * run.spare + index) * weight_tiles + tile) * 2 * kLanes;
   };
@@ -169,9 +248,8 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
   const int row_begin = group * rows;
   const int fragments = run.depth / fragment;
   const auto begin_of = [&](int warp) { return fragments * warp / kWarps; };
-  // The depth that some block writes; what is beyond fills a fragment.
-  const int written = run.unit_blocks * kUnits;
-  const int tile_stride = kTileRows * run.depth;
+  // What fills the last fragment is nobody's; the last block writes it.
+  const bool fills = unit_block == run.unit_blocks - 1 && run.depth > run.unit_blocks * kUnits;
 
   block.each_warp([&](int warp) {
     const auto words = [&](int tile, int row, int index, int lane) {
@@ -211,13 +289,20 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
       }
     });
   });
-  elements.each([&](auto& own, auto& e, int, int, int row, int unit) { Tail::begin(run, own.of_unit, e, row, unit); },
-                [&](int row, int unit) {
-                  if (run.first == 0 && !run.starts_with_zeros) Tail::blank(run, 0, row, unit);
-                });
+  const auto blank = [&](int step, int row, int unit) { Tail::blank(run, step, row, unit); };
+  elements.each(
+      [&](auto& own, auto& e, int, int, int row, int unit) {
+        Tail::begin(run, own.of_unit, e, row, unit);
+        if (fills && run.first == 0 && !run.starts_with_zeros) blank(0, row, unit + kUnits);
+      },
+      [&](int row, int unit) {
+        if (run.first > 0 || run.starts_with_zeros) return;
+        blank(0, row, unit);
+        if (fills) blank(0, row, unit + kUnits);
+      });
+  elements.begin();
 
   for (int step = run.first; step < run.last; ++step) {
-    elements.each([&](auto&, auto& e, int, int, int row, int unit) { Tail::fetch(run, step, e, row, unit); });
     block.each_warp([&](int warp) {
       const int first = begin_of(warp), count = begin_of(warp + 1) - first;
       typename Block::template EachLane<Sums4> sum[chains][weight_tiles][RowTiles];
@@ -228,67 +313,52 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
         }
       });
       const auto tag = Tagged<E>::tag(step);
-      typename Block::template EachLane<const uint32_t*> source;
+      // Lanes of sequences that are not there load what others load, and nobody asks for what comes of it.
+      typename Block::template EachLane<const uint32_t*> source[RowTiles];
       block.each_lane([&](int lane) {
-        source[lane] = run.exchange_row(step, row_begin + lane / 4) + first * fragment + lane % 4 * kLoadWords;
-      });
-      // Fragments [begin, begin + at_once), as far as they are before `end`. All loads are under way before the first
-      // is looked at; those that were too early are made again. What nobody writes is zeros of the step.
-      const auto add_products = [&](int begin, int end, const auto& weight_of) {
-        typename Block::template EachLane<Loaded<E>> from[at_once][RowTiles];
-        typename Block::template EachLane<bool> arrived;
-        block.each_lane([&](int lane) {
 #pragma unroll
-          for (int i = 0; i < at_once * RowTiles * loads * kLoadWords; ++i) {
-            from[i / (RowTiles * loads * kLoadWords)][i / (loads * kLoadWords) % RowTiles][lane]
-                .part[i / kLoadWords % loads]
-                .word[i % kLoadWords] = tag;
-          }
-        });
-        bool again = false;
+        for (int n = 0; n < RowTiles; ++n) {
+          const int row = row_begin + n * kTileRows + lane / 4;
+          source[n][lane] = run.exchange_row(step, row < run.layer.flow.batch ? row : row_begin) + first * fragment +
+                            lane % 4 * kLoadWords;
+        }
+      });
+      // Fragments [begin, begin + n). All loads are under way before the first is looked at, and made again while some
+      // were too early.
+      const auto add_products = [&](auto n_fragments, int begin, const auto& weight_of) {
+        constexpr int count = decltype(n_fragments)::value;
+        typename Block::template EachLane<Loaded<E>> from[count][RowTiles];
+        typename Block::template EachLane<bool> arrived;
         do {
           block.each_lane([&](int lane) {
 #pragma unroll
-            for (int g = 0; g < at_once; ++g) {
-#pragma unroll
-              for (int n = 0; n < RowTiles; ++n) {
-                const bool row_is_there = row_begin + n * kTileRows + lane / 4 < run.layer.flow.batch;
-#pragma unroll
-                for (int k = 0; k < loads; ++k) {
-                  const int depth = (begin + g) * fragment + k * kLoadedTogether;
-                  Words& part = from[g][n][lane].part[k];
-                  const bool present = row_is_there && begin + g < end && first * fragment + depth < written;
-                  block.load(part, source[lane] + n * tile_stride + depth,
-                             present && (!again || !are_of<Tagged<E>>(part, tag)));
-                }
-              }
+            for (int i = 0; i < count * RowTiles * loads; ++i) {
+              const int g = i / (RowTiles * loads), n = i / loads % RowTiles, k = i % loads;
+              block.load(from[g][n][lane].part[k], source[n][lane] + (begin + g) * fragment + k * kLoadedTogether);
             }
           });
           block.each_lane([&](int lane) {
             bool all = true;
 #pragma unroll
-            for (int i = 0; i < at_once * RowTiles * loads; ++i) {
+            for (int i = 0; i < count * RowTiles * loads; ++i) {
               all &= are_of<Tagged<E>>(from[i / (RowTiles * loads)][i / loads % RowTiles][lane].part[i % loads], tag);
             }
             arrived[lane] = all;
           });
-          again = true;
         } while (!block.all(arrived));
 #pragma unroll
-        for (int g = 0; g < at_once; ++g) {
-          if (begin + g < end) {
-            typename Block::template EachLane<Words> numbers[RowTiles];
-            block.each_lane([&](int lane) {
+        for (int g = 0; g < count; ++g) {
+          typename Block::template EachLane<Words> numbers[RowTiles];
+          block.each_lane([&](int lane) {
 #pragma unroll
-              for (int n = 0; n < RowTiles; ++n) numbers[n][lane] = from[g][n][lane].numbers();
-            });
+            for (int n = 0; n < RowTiles; ++n) numbers[n][lane] = from[g][n][lane].numbers();
+          });
 #pragma unroll
-            for (int tile = 0; tile < weight_tiles; ++tile) {
-              auto&& weight = weight_of(g, tile);
+          for (int tile = 0; tile < weight_tiles; ++tile) {
+            auto&& weight = weight_of(g, tile);
 #pragma unroll
-              for (int n = 0; n < RowTiles; ++n) {
-                block.template multiply<E>(weight, numbers[n], sum[g % chains][tile][n]);
-              }
+            for (int n = 0; n < RowTiles; ++n) {
+              block.template multiply<E>(weight, numbers[n], sum[g % chains][tile][n]);
             }
           }
         }
@@ -297,17 +367,21 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
 #pragma unroll
       for (int begin = 0; begin < held; begin += at_once) {
         if (begin < wanted) {
-          add_products(begin, wanted < held ? wanted : held, [&](int g, int tile) -> auto& {
-            return weights[warp].tile[begin + g < held ? begin + g : 0][tile];
+          with_count<in_registers>(wanted < held ? wanted - begin : held - begin, [&](auto n) {
+            add_products(n, begin, [&](int g, int tile) -> auto& {
+              return weights[warp].tile[begin + g < held ? begin + g : 0][tile];
+            });
           });
         }
       }
       for (int begin = held; begin < wanted; begin += at_once) {
-        add_products(begin, wanted, [&](int g, int tile) {
-          typename Block::template EachLane<WeightWords> weight;
-          const Words* const both = spare_of(warp, begin + g - held, tile);
-          block.each_lane([&](int lane) { weight[lane] = {both[lane], both[kLanes + lane]}; });
-          return weight;
+        with_count<at_once>(wanted - begin, [&](auto n) {
+          add_products(n, begin, [&](int g, int tile) {
+            typename Block::template EachLane<WeightWords> weight;
+            const Words* const both = spare_of(warp, begin + g - held, tile);
+            block.each_lane([&](int lane) { weight[lane] = {both[lane], both[kLanes + lane]}; });
+            return weight;
+          });
         });
       }
       // Lane: rows lane / 4 and lane / 4 + 8 of the weights, sequences lane % 4 · 2 and the next.
@@ -330,24 +404,29 @@ PYRNNFAST_DEVICE void sweep_forward(const typename Tail::Run& run, Block& block,
       });
     });
     block.meet();
-    elements.each(
-        [&](auto& own, auto& e, int own_row, int own_unit, int, int) {
+    elements.step(
+        step, run.last,
+        [&](auto& own, auto& e, int row, int unit) {
           float product[weight_tiles];
           Together part[kWarps];
 #pragma unroll
-          for (int warp = 0; warp < kWarps; ++warp) part[warp] = sums[(warp * rows + own_row) * stride + own_unit];
+          for (int warp = 0; warp < kWarps; ++warp) part[warp] = sums[(warp * rows + row) * stride + unit];
 #pragma unroll
           for (int tile = 0; tile < weight_tiles; ++tile) {
             product[tile] = sum_of_warps([&](int warp) { return part[warp].of[tile]; });
           }
           Tail::finish(run, step, own.of_unit, e, product);
+          if (fills) Tail::fill(run, step + 1, e);
         },
-        [&](int row, int unit) { Tail::blank(run, step + 1, row, unit); });
+        [&](int row, int unit) {
+          blank(step + 1, row, unit);
+          if (fills) blank(step + 1, row, unit + kUnits);
+        });
     // The next step's sums come in the place of these.
     block.meet();
-    elements.each([&](auto&, auto& e, int, int, int, int) { Tail::store(run, e); });
+    elements.rest(step, run.last);
   }
-  elements.each([&](auto&, auto& e, int, int, int row, int unit) { Tail::end(run, e, row, unit); });
+  elements.end(run.last);
 }
 
 }  // namespace

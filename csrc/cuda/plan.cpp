@@ -57,7 +57,7 @@ Plan make_plan(const DeviceProperties& device, const Shape& s, int64_t chunk_byt
       // A fragment is two loads of 16 bytes a lane, a tile one for each product.
       const int64_t weights = kWarps * plan.spare * (s.backward ? products : gates * 2) * kLanes * 16;
       const int64_t sums = kWarps * rows * sum_stride(s.backward ? 1 : gates) * 4;
-      plan.shared_bytes = weights + sums + (s.backward ? rows * operand_bytes(products) : 0);
+      plan.shared_bytes = weights + sums + carried_bytes(tiles) + (s.backward ? rows * operand_bytes(products) : 0);
       plan.exchange_words =
           plan.row_groups * rows * (s.backward ? plan.unit_blocks * plan.unit_blocks * kUnits : plan.depth);
       plan.blocks = at_once * plan.unit_blocks * plan.row_groups;

@@ -53,12 +53,21 @@ PYRNNFAST_HD constexpr int products_of_tile(int gates, int element_bytes) {
 PYRNNFAST_HD constexpr int held_tiles(int products, int row_tiles) {
   const int registers = row_tiles == 4 ? 64 : row_tiles == 2 ? 96 : 128;
   const int tiles = registers / (4 * products) / 2 * 2;
-  return tiles > 16 ? 16 : tiles;
+  return tiles > 12 ? 12 : tiles;
 }
 // Bytes of a sequence's row of the operand: 8 more than a multiple of 16 banks, as 4 rows are loaded at once.
 PYRNNFAST_HD constexpr int operand_bytes(int products) {
   return products % 2 == 1 ? products * 32 : products * 32 + 32;
 }
+// Groups of threads that take the steps in turns (Elements), and what a sequence's elements carry then.
+PYRNNFAST_HD constexpr int groups_of_threads(int row_tiles) {
+  return row_tiles * kTileRows * kUnits * 2 <= kThreads ? 2 : 1;
+}
+inline constexpr int kCarriedBytes = 8;
+PYRNNFAST_HD constexpr int carried_bytes(int row_tiles) {
+  return groups_of_threads(row_tiles) > 1 ? row_tiles * kTileRows * kUnits * kCarriedBytes : 0;
+}
+
 // Partial sums of an element are loaded at once, 3 as 4. A row of them, in floats, is so long that neither the lanes of
 // a product nor the two rows of a warp (Elements::row_of) want the same banks.
 PYRNNFAST_HD constexpr int sums_together(int weight_tiles) { return weight_tiles == 1 ? 1 : 4; }

@@ -38,13 +38,13 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
     typename Block::template EachLane<Words> tile[held][products];
   };
   typename Block::template EachWarp<Tiles> weights;
-  Elements<Tail, RowTiles, Block> elements(run, block, unit_block, group);
   // [warp, tile, product, lane]
   Words* const spare = block.template shared<Words>();
   // [warp, row, unit]
   float* const sums = reinterpret_cast<float*>(spare + kWarps * run.spare * products * kLanes);
   // [row, gate, unit]
   E* const operand = reinterpret_cast<E*>(sums + kWarps * rows * stride);
+  Elements<Tail, RowTiles, Block> elements(run, block, unit_block, group, operand + rows * operand_stride);
   const auto spare_of = [&](int warp, int index) { return spare + (warp * run.spare + index) * products * kLanes; };
 
   const int blocks = run.unit_blocks, row_begin = group * rows, own = unit_block;
@@ -102,61 +102,57 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
       elements.of(thread).element[k / Tail::summed].sum[k % Tail::summed] = 0;
     }
   });
-  elements.each([&](auto& own, auto& e, int, int, int row, int unit) { Tail::begin(run, own.of_unit, e, row, unit); });
+  elements.each([&](auto& own, auto& e, int, int, int row, int unit) { Tail::begin(run, own.of_unit, e, row, unit); },
+                [](int, int) {});
+  elements.begin();
 
   const int last = run.last_sweep_step();
   for (int step = run.first; step < last; ++step) {
-    elements.each([&](auto&, auto& e, int, int, int row, int unit) { Tail::fetch(run, step, e, row, unit); });
     block.each_warp([&](int warp) {
       const int count = step == 0 ? 0 : count_of(warp);
       const uint32_t tag = Part::tag(step);
       typename Block::template EachLane<Sums4> sum[RowTiles];
-      typename Block::template EachLane<const uint32_t*> source;
+      // Lanes of sequences that are not there load what others load, as in sweep_forward.
+      typename Block::template EachLane<const uint32_t*> source[RowTiles];
       block.each_lane([&](int lane) {
 #pragma unroll
-        for (int n = 0; n < RowTiles; ++n) sum[n][lane] = Sums4{};
-        source[lane] = place_of(step, own, warp) + lane_place(lane);
+        for (int n = 0; n < RowTiles; ++n) {
+          sum[n][lane] = Sums4{};
+          source[n][lane] = place_of(step, own, warp) +
+                            (is_there(n, lane) ? n * kPartWords + lane_place(lane) : lane_place(lane - lane % 4));
+        }
       });
       for (int begin = 0; begin < count; begin += at_once) {
-        // As in sweep_forward. What nobody writes is zeros of the step.
-        typename Block::template EachLane<Words> part[at_once][RowTiles];
-        typename Block::template EachLane<bool> arrived;
-        block.each_lane([&](int lane) {
+        with_count<at_once>(count - begin, [&](auto n_blocks) {
+          constexpr int together = decltype(n_blocks)::value;
+          typename Block::template EachLane<Words> part[together][RowTiles];
+          typename Block::template EachLane<bool> arrived;
+          do {
+            block.each_lane([&](int lane) {
 #pragma unroll
-          for (int k = 0; k < at_once * RowTiles; ++k) {
-            part[k / RowTiles][k % RowTiles][lane] = Words{{tag, tag, tag, tag}};
-          }
-        });
-        bool again = false;
-        do {
+              for (int k = 0; k < together * RowTiles; ++k) {
+                block.load(part[k / RowTiles][k % RowTiles][lane],
+                           source[k % RowTiles][lane] + (begin + k / RowTiles) * kWarps * RowTiles * kPartWords);
+              }
+            });
+            block.each_lane([&](int lane) {
+              bool all = true;
+#pragma unroll
+              for (int k = 0; k < together * RowTiles; ++k) {
+                all &= are_of<Part>(part[k / RowTiles][k % RowTiles][lane], tag);
+              }
+              arrived[lane] = all;
+            });
+          } while (!block.all(arrived));
           block.each_lane([&](int lane) {
 #pragma unroll
-            for (int g = 0; g < at_once; ++g) {
+            for (int g = 0; g < together; ++g) {
 #pragma unroll
-              for (int n = 0; n < RowTiles; ++n) {
-                Words& words = part[g][n][lane];
-                block.load(words, source[lane] + ((begin + g) * kWarps * RowTiles + n) * kPartWords,
-                           begin + g < count && is_there(n, lane) && (!again || !are_of<Part>(words, tag)));
+              for (int k = 0; k < RowTiles * 4; ++k) {
+                sum[k / 4][lane].value[k % 4] += Part::value(part[g][k / 4][lane].word[k % 4]);
               }
             }
           });
-          block.each_lane([&](int lane) {
-            bool all = true;
-#pragma unroll
-            for (int k = 0; k < at_once * RowTiles; ++k)
-              all &= are_of<Part>(part[k / RowTiles][k % RowTiles][lane], tag);
-            arrived[lane] = all;
-          });
-          again = true;
-        } while (!block.all(arrived));
-        block.each_lane([&](int lane) {
-#pragma unroll
-          for (int g = 0; g < at_once; ++g) {
-#pragma unroll
-            for (int k = 0; k < RowTiles * 4; ++k) {
-              sum[k / 4][lane].value[k % 4] += Part::value(part[g][k / 4][lane].word[k % 4]);
-            }
-          }
         });
       }
       // Lane: units lane / 4 and lane / 4 + 8, sequences lane % 4 · 2 and the next.
@@ -169,10 +165,13 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
       });
     });
     block.meet();
-    elements.each([&](auto&, auto& e, int own_row, int own_unit, int, int) {
-      const float product = sum_of_warps([&](int warp) { return sums[(warp * rows + own_row) * stride + own_unit]; });
-      Tail::finish(run, e, product, operand + own_row * operand_stride, own_unit);
-    });
+    elements.step(
+        step, last,
+        [&](auto&, auto& e, int row, int unit) {
+          const float product = sum_of_warps([&](int warp) { return sums[(warp * rows + row) * stride + unit]; });
+          Tail::finish(run, e, product, operand + row * operand_stride, unit);
+        },
+        [](int, int) {});
     // Of these and of the sums: the next ones come in their places behind the next meeting.
     block.meet();
     const int next = step + 1;
@@ -192,52 +191,58 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
             }
             target[lane] = place_of(next, warp, own) + n * kPartWords + lane_place(lane);
           });
-          // Tiles [begin, begin + chains), as far as they are before `count`.
-          const auto hand_on = [&](int begin, const auto& weight_of) {
-            typename Block::template EachLane<Sums4> sum[chains];
+          // Tiles [begin, begin + n).
+          const auto hand_on = [&](auto n_tiles, int begin, const auto& weight_of) {
+            constexpr int tiles = decltype(n_tiles)::value;
+            typename Block::template EachLane<Sums4> sum[tiles];
             block.each_lane([&](int lane) {
 #pragma unroll
-              for (int g = 0; g < chains; ++g) sum[g][lane] = Sums4{};
+              for (int g = 0; g < tiles; ++g) sum[g][lane] = Sums4{};
             });
 #pragma unroll
             for (int product = 0; product < products; ++product) {
 #pragma unroll
-              for (int g = 0; g < chains; ++g) {
+              for (int g = 0; g < tiles; ++g) {
                 auto&& weight = weight_of(g, product);
                 block.template multiply<E>(weight, numbers[product], sum[g]);
               }
             }
             block.each_lane([&](int lane) {
 #pragma unroll
-              for (int g = 0; g < chains; ++g) {
+              for (int g = 0; g < tiles; ++g) {
                 Words words;
 #pragma unroll
                 for (int k = 0; k < 4; ++k) words.word[k] = Part::from(sum[g][lane].value[k], tag);
                 block.store(words, target[lane] + (begin + g) * kWarps * blocks * RowTiles * kPartWords,
-                            begin + g < count && is_there(n, lane));
+                            is_there(n, lane));
               }
             });
           };
 #pragma unroll
           for (int begin = 0; begin < held; begin += chains) {
             if (begin < count) {
-              hand_on(begin, [&](int g, int product) -> auto& { return weights[warp].tile[begin + g][product]; });
+              with_count<chains>(count - begin, [&](auto tiles) {
+                hand_on(tiles, begin,
+                        [&](int g, int product) -> auto& { return weights[warp].tile[begin + g][product]; });
+              });
             }
           }
           for (int begin = held; begin < count; begin += chains) {
-            hand_on(begin, [&](int g, int product) {
-              typename Block::template EachLane<Words> weight;
-              const int index = begin + g < count ? begin + g - held : 0;
-              block.each_lane([&](int lane) { weight[lane] = spare_of(warp, index)[product * kLanes + lane]; });
-              return weight;
+            with_count<chains>(count - begin, [&](auto tiles) {
+              hand_on(tiles, begin, [&](int g, int product) {
+                typename Block::template EachLane<Words> weight;
+                block.each_lane(
+                    [&](int lane) { weight[lane] = spare_of(warp, begin + g - held)[product * kLanes + lane]; });
+                return weight;
+              });
             });
           }
         }
       });
     }
-    elements.each([&](auto&, auto& e, int, int, int, int) { Tail::store(run, e); });
+    elements.rest(step, last);
   }
-  elements.each([&](auto&, auto& e, int, int, int row, int unit) { Tail::end(run, e, row, unit); });
+  elements.end(last);
   if (run.sums == nullptr) return;
   // Over the threads of a unit, always in the same order. The others have left the memory, as they met behind it.
   block.each_thread([&](int thread) {

@@ -20,19 +20,25 @@ struct SweepRun {
   uint32_t* exchange;            // two, zeros before the first step
   View<E> weights;
 
-  // Of an element of a layer, at a step; steps come one after the other.
-  template <class Layer>
+  // Of an element of a layer, at a step; it is asked for every step, or every second one.
+  template <int Every, class Layer>
   PYRNNFAST_HD void find(typename Layer::Place& place, const Layer& layer, int step, int row, int unit) const {
-    if (step == first || layer.flow.offsets != nullptr) {
+    if (step < first + Every || layer.flow.offsets != nullptr) {
       place = layer.place(time(layer.flow, step), row, unit);
     } else {
-      layer.move(place);
+      layer.template move<Every>(place);
     }
   }
   PYRNNFAST_HD int time(const Flow& flow, int step) const { return descending ? flow.steps - 1 - step : step; }
   // Of a step.
   PYRNNFAST_HD uint32_t* exchange_of(int step) const { return exchange + (step & 1) * half; }
 };
+
+// What an element carries from step to step, where that goes from thread to thread.
+struct CarriedPair {
+  float one, other;
+};
+static_assert(sizeof(CarriedPair) == kCarriedBytes);
 
 // To where other blocks read it.
 PYRNNFAST_HD inline void hand_over(uint32_t* to, uint32_t word) {
@@ -74,6 +80,13 @@ struct ForwardTail {
     StepForward<A> step;
   };
 
+  using Carried = CarriedPair;
+  PYRNNFAST_HD static Carried give(const Element& e) { return {static_cast<float>(e.h), static_cast<float>(e.c)}; }
+  PYRNNFAST_HD static void take(Element& e, const Carried& carried) {
+    e.h = carried.one;
+    e.c = carried.other;
+  }
+
   // An element of the weights: row `row` of the tile, at `depth` of the exchange.
   PYRNNFAST_HD static E weight(const Run& run, int block, int tile, int row, int depth) {
     const int unit = block * kUnits + row, hidden = run.layer.hidden;
@@ -94,8 +107,9 @@ struct ForwardTail {
   }
 
   // What the step wants from far away, before it waits for the others.
+  template <int Every>
   PYRNNFAST_HD static void fetch(const Run& run, int step, Element& e, int row, int unit) {
-    run.find(e.place, run.layer, step, row, unit);
+    run.template find<Every>(e.place, run.layer, step, row, unit);
     e.ahead = run.layer.ahead(e.place, run.time(run.layer.flow, step), row);
   }
 
@@ -107,7 +121,10 @@ struct ForwardTail {
     hand_over(to, Tagged<E>::from(e.h, step + 1));
   }
 
-  // Of units that are none.
+  // Of the same unit of the block behind the last one, and of units that are none.
+  PYRNNFAST_HD static void fill(const Run& run, int step, const Element& e) {
+    hand_over(e.to + (step & 1) * run.half + kUnits, Tagged<E>::from(A(0), step));
+  }
   PYRNNFAST_HD static void blank(const Run& run, int step, int row, int unit) {
     hand_over(run.exchange_row(step, row) + unit, Tagged<E>::from(A(0), step));
   }
@@ -151,13 +168,20 @@ struct BackwardTail {
   struct OfUnit {};
 
   struct Element {
-    A carry, product;
+    A carry;
     A dh;  // ∂L/∂h0, but for what the carry adds
     A sum[summed];
     typename BackwardLayer<Cell, E>::Place place;
     typename BackwardLayer<Cell, E>::Ahead ahead;
     StepBackward<A> step;
   };
+
+  using Carried = CarriedPair;
+  PYRNNFAST_HD static Carried give(const Element& e) { return {static_cast<float>(e.carry), static_cast<float>(e.dh)}; }
+  PYRNNFAST_HD static void take(Element& e, const Carried& carried) {
+    e.carry = carried.one;
+    e.dh = carried.other;
+  }
 
   // Of what the units of `block` add to those of `other`: what goes from `depth` of the former, for each gate its
   // units, to `row` of the latter.
@@ -178,15 +202,16 @@ struct BackwardTail {
     e.dh = run.grad_h_n.present() ? A(widened(run.grad_h_n(row, unit))) : A(0);
   }
 
+  template <int Every>
   PYRNNFAST_HD static void fetch(const Run& run, int step, Element& e, int row, int unit) {
-    run.find(e.place, run.layer, step, row, unit);
+    run.template find<Every>(e.place, run.layer, step, row, unit);
     e.ahead = run.layer.ahead(e.place, run.time(run.layer.flow, step), row, unit);
   }
 
   // `operand`: of the sequence, for each gate the block's units.
   PYRNNFAST_HD static void finish(const Run& run, Element& e, A product, E* operand, int own_unit) {
-    e.product = product;
     e.step = run.layer.template step<FastMath<A>>(e.ahead, product, e.carry);
+    if (!e.ahead.here && e.ahead.from_later) e.dh = e.ahead.passed_on ? product : A(0);
     put(operand + own_unit, e.step, std::make_integer_sequence<int, Cell::gates>{});
   }
 
@@ -196,7 +221,6 @@ struct BackwardTail {
   }
 
   PYRNNFAST_HD static void store(const Run& run, Element& e) {
-    if (!e.ahead.here && e.ahead.from_later) e.dh = e.ahead.passed_on ? e.product : A(0);
     for (int k = 0; k < summed; ++k) e.sum[k] += e.step.dgates[k];
     run.layer.store(e.ahead, e.place, e.step);
   }
