@@ -132,7 +132,7 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
 #pragma unroll
               for (int k = 0; k < together * RowTiles; ++k) {
                 block.load(part[k / RowTiles][k % RowTiles][lane],
-                           source[k % RowTiles][lane] + (begin + k / RowTiles) * kWarps * RowTiles * kPartWords);
+                           source[k % RowTiles][lane] + k / RowTiles * kWarps * RowTiles * kPartWords);
               }
             });
             block.each_lane([&](int lane) {
@@ -152,6 +152,8 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
                 sum[k / 4][lane].value[k % 4] += Part::value(part[g][k / 4][lane].word[k % 4]);
               }
             }
+#pragma unroll
+            for (int n = 0; n < RowTiles; ++n) source[n][lane] += together * kWarps * RowTiles * kPartWords;
           });
         });
       }
