@@ -17,7 +17,7 @@ from .record import Record
 TESTS = ROOT / "tests" / "gpu"
 
 LIMIT = 540.0  # seconds
-SHARDS = {"test_accuracy.py": 8, "test_features.py": 3}
+SHARDS = {"test_accuracy.py": 8, "test_features.py": 5}
 """Processes for a file, if not one."""
 MOST_PROCESSES = 10
 """One after the other for a part of a file, where tests take theirs with them."""

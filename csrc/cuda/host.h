@@ -62,7 +62,12 @@ class HostBlock {
   }
   template <class Body>
   void each_thread(const Body& body) {
-    for (int thread = 0; thread < kThreads; ++thread) body(thread);
+    // What threads write one after the other does not come at once.
+    const int late = static_cast<int>(generator_() % kThreads);
+    for (int thread = 0; thread < kThreads; ++thread) {
+      if (thread == late) pause();
+      body(thread);
+    }
   }
 
   template <class T>

@@ -31,7 +31,8 @@ struct SweepRun {
   }
   PYRNNFAST_HD int time(const Flow& flow, int step) const { return descending ? flow.steps - 1 - step : step; }
   // Of a step.
-  PYRNNFAST_HD uint32_t* exchange_of(int step) const { return exchange + (step & 1) * half; }
+  PYRNNFAST_HD uint32_t* exchange_of(int step) const { return exchange + offset_of(step); }
+  PYRNNFAST_HD int offset_of(int step) const { return (step & 1) * half; }
 };
 
 // What an element carries from step to step, where that goes from thread to thread.
@@ -116,14 +117,14 @@ struct ForwardTail {
   // What the others wait for.
   PYRNNFAST_HD static void finish(const Run& run, int step, const OfUnit& bias, Element& e,
                                   const A (&product)[weight_tiles]) {
-    uint32_t* const to = e.to + ((step + 1) & 1) * run.half;
+    uint32_t* const to = e.to + run.offset_of(step + 1);
     if (e.ahead.here) e.step = run.layer.template step<FastMath<A>>(e.ahead, bias, product, e.h, e.c);
     hand_over(to, Tagged<E>::from(e.h, step + 1));
   }
 
   // Of the same unit of the block behind the last one, and of units that are none.
   PYRNNFAST_HD static void fill(const Run& run, int step, const Element& e) {
-    hand_over(e.to + (step & 1) * run.half + kUnits, Tagged<E>::from(A(0), step));
+    hand_over(e.to + run.offset_of(step) + kUnits, Tagged<E>::from(A(0), step));
   }
   PYRNNFAST_HD static void blank(const Run& run, int step, int row, int unit) {
     hand_over(run.exchange_row(step, row) + unit, Tagged<E>::from(A(0), step));

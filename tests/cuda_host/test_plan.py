@@ -95,7 +95,9 @@ def shared_bytes(p: dict[str, Any], found: dict[str, Any]) -> int:
     if p["backward"]:
         products = products_of_tile(p)
         gradients = rows * (products // 2 * 64 + 32)
-        return int(WARPS * found["spare"] * products * LANES * 16 + WARPS * rows * (UNITS + 4) * 4 + carried + gradients)
+        return int(
+            WARPS * found["spare"] * products * LANES * 16 + WARPS * rows * (UNITS + 4) * 4 + carried + gradients
+        )
     tiles = GATES[p["cell"]]
     sums = WARPS * rows * (UNITS + 4 if tiles == 1 else 4 * (UNITS + 1)) * 4
     return int(WARPS * found["spare"] * tiles * LANES * 32 + sums + carried)

@@ -74,6 +74,27 @@ def test_by_default_the_table_decides(cell: str, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(module(x)[0], stock(x)[0])
 
 
+@every_cell
+@pytest.mark.parametrize("kind", ("bf16", "fp16", "tf32"))
+def test_by_default_it_computes_what_it_tells(cell: str, kind: str) -> None:
+    """Of a size that was measured on some card."""
+    dtype = oracle.KINDS[kind][0]
+    module = layer(cell, dtype, hidden=512, inputs=512)
+    x = torch.randn(128, 64, 512, device=oracle.DEVICE, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(128, 64, 512, device=oracle.DEVICE, dtype=dtype)
+
+    def results() -> list[Tensor]:
+        y = module(x)[0]
+        return [y, *torch.autograd.grad(y, [x, *module.parameters()], upstream)]
+
+    with oracle.precision(kind):
+        told, found = pyrnnfast.explain(module, x).path, results()
+        with cuda.use(told):
+            expected = results()
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e) if told != "cudnn" else relative(f, e) < 0.01
+
+
 # Derivatives --------------------------------------------------------------------------------------------------------
 
 
