@@ -14,7 +14,21 @@ import pytest
 import torch
 
 from benchmarks import files
-from benchmarks.gpu import bench, check, choices, limits, place, profile, record, report, rows, sanitizer, tests, timing
+from benchmarks.gpu import (
+    bench,
+    check,
+    choices,
+    limits,
+    place,
+    profile,
+    record,
+    report,
+    rows,
+    samples,
+    sanitizer,
+    tests,
+    timing,
+)
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.sanitizer import NoSummary
 from pyrnnfast import choices as table_of_choices
@@ -872,6 +886,27 @@ def test_the_table_of_a_record() -> None:
 def test_the_picture_of_a_record(tmp_path: Path) -> None:
     report.draw(made(), tmp_path / "record.png")
     assert (tmp_path / "record.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_the_samples_of_a_kernel_lie() -> None:
+    names = ["Source", "# Samples", "Instructions Executed", "stall_wait", "stall_long_sb", "stall_wait (Not Issued)"]
+    table = [
+        ["Kernel Name", "void sweep_kernel"],
+        names,
+        ["  MOV R1, R2", "1", "8", "1", "0", "1"],
+        ["@P0 LDG.E.128.STRONG.GPU R4, [R2]", "0", "8", "0", "0", "0"],
+        ["  LOP3.LUT R4, R5", "98", "8", "3", "95", "0"],
+        ["  EXIT", "1", "0", "1", "0", "0"],
+    ]
+    found = list(samples.lines(table, 2))
+    assert [line.split() for line in found] == [
+        ["95.0%", "long_sb"],
+        ["5.0%", "wait"],
+        # Where no sample lies, but a part of a step begins; then what takes the time. The others were seldom seen, or
+        # never executed.
+        ["1", "8", "0.00%", "1.0%", "@P0", "LDG.E.128.STRONG.GPU", "R4,", "[R2]"],
+        ["2", "8", "98.00%", "99.0%", "LOP3.LUT", "R4,", "R5", "long_sb"],
+    ]
 
 
 def test_the_table_in_the_readme_is_of_the_record() -> None:
