@@ -120,8 +120,9 @@ def _road(
     if spec.single_step and cuda.asked() is None:
         # A graph has them operator by operator, and fuses them; elsewhere torch has kernels of its own.
         return cuda.Choice("torch", "a step by ours was not measured against torch's own")
-    # Of lengths and resets the values are not known where operators are recorded.
-    in_graph = form == "transforms" or torch.compiler.is_compiling() or (form == "operators" and bool(extras))
+    # Where operators are recorded, the values of lengths and resets are not known, and sizes perhaps neither.
+    unknown = form == "operators" and (bool(extras) or _is_symbolic(input))
+    in_graph = form == "transforms" or torch.compiler.is_compiling() or unknown
     ours_alone = "cell_states" if spec.cell_states else "lengths or reset in a graph" if extras and in_graph else None
     if in_graph:
         choice = cuda.choose_for_graph(weights[0])
@@ -130,6 +131,11 @@ def _road(
     if choice.ours or ours_alone is None:
         return choice
     return cuda.Choice("reference", f"torch's layers have no {ours_alone}, and {choice.reason}")
+
+
+def _is_symbolic(input: Any) -> bool:
+    data = input.data if isinstance(input, PackedSequence) else input
+    return isinstance(data, Tensor) and any(isinstance(size, torch.SymInt) for size in data.shape)
 
 
 def _problem(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], padded: bool = False) -> Problem | None:

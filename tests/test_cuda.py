@@ -356,6 +356,17 @@ def test_persistent_with_a_plan_for_some(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
+@pytest.mark.parametrize("path", (None, "step", "persistent"))
+def test_sizes_that_nobody_knows_yet(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to look up by them, nor to remember."""
+    install(monkeypatch, Fake(), of(row(0.5, shape=SHAPE, path="persistent")))
+    module = pyrnnfast.LSTM(3, 5)
+    x = torch.randn(7, 2, 3)
+    with cuda.use(path):
+        graph = make_fx(lambda t: module(t)[0], tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
+        assert torch.allclose(graph(x), module(x)[0], atol=1e-6)
+
+
 def test_a_call_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What took longer than to issue a launch; and a decision is only remembered for what it follows from."""
     module = Fake()

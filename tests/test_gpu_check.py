@@ -862,6 +862,34 @@ def test_a_refused_record_leaves_the_table_alone(tmp_path: Path, capsys: pytest.
         assert f"chooses nothing: {reason}" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_these_sources")
+def test_an_earlier_record_stands_in_for_rows_that_were_not_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, path, earlier = (tmp_path / f"{name}.json" for name in ("table", "record", "earlier"))
+    table.write_text("[]")
+    more = [entry("fused", 1.0, cell="gru"), entry("persistent", 3.0)]
+    slower = made(lambda stages: stages["benchmark"].update(rows=more)) | {"commit": "before", "sources": "of before"}
+    files.write(path, made())
+    files.write(earlier, slower)
+    command = [str(path), "--also", str(earlier), "--table", str(table)]
+    for _ in range(2):  # the second time in place of the first
+        assert choices.main(command) == 0
+        found = table_of_choices.read(table.read_text())
+        kept = [(r.commit, [(row.problem.cell, row.ratio) for row in r.rows]) for r in found]
+        # The LSTM is of the new one alone, though the other has it, too.
+        assert kept == [("before", [("gru", 0.5)]), (IDENTITY["commit"], [("lstm", 0.5)])]
+    capsys.readouterr()
+    for change, reason in (
+        ({"driver": "another"}, "the earlier record is of another driver"),
+        ({"tests_failed": 1}, "1 failed"),
+    ):
+        files.write(earlier, slower | change)
+        before = table.read_text()
+        assert choices.main(command) == 1
+        assert reason in capsys.readouterr().err and table.read_text() == before
+
+
 def test_a_record_of_no_commit_is_refused() -> None:
     with pytest.raises(choices.Refused, match="no commit"):
         chosen(entry("fused", 1.0), commit=None)

@@ -3,6 +3,9 @@
 pyrnnfast/cuda_choices.json, the format of which pyrnnfast/choices.py tells, then holds what was measured on that card,
 for each row the faster of our paths that were timed, in place of what it had of a card of that name. A record of which
 anything failed, that is not whole, or that is of other sources than those here, gives none.
+
+``--also EARLIER.json``: a record of the same card and versions, from before something was made faster, for the rows
+that RECORD has not reached. It stands in the table by itself, with its own commit.
 """
 
 import argparse
@@ -47,8 +50,22 @@ def entry(found: Record, test_files: Iterable[str]) -> Record:
     }
 
 
-def updated(table: Sequence[Record], new: Record) -> list[Record]:
-    return [old for old in table if old["device"] != new["device"]] + [new]
+def updated(table: Sequence[Record], new: Sequence[Record]) -> list[Record]:
+    """Args: new: of one device"""
+    return [old for old in table if old["device"] != new[0]["device"]] + list(new)
+
+
+def besides(earlier: Record, new: Record) -> Record:
+    """Of an entry what another does not have.
+
+    Raises:
+        Refused: it is of another card, or of other versions.
+    """
+    other = [name for name in record.IDENTITY[:4] if earlier[name] != new[name]]
+    if other:
+        raise Refused(f"the earlier record is of another {', '.join(other)}")
+    known = {record.row_key(row) for row in new["rows"]}
+    return earlier | {"rows": [row for row in earlier["rows"] if record.row_key(row) not in known]}
 
 
 def text(table: Sequence[Record]) -> str:
@@ -67,21 +84,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.gpu.choices", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("record", help="path, or NAME in benchmarks/results")
+    parser.add_argument("--also", help="an earlier record, for the rows that this one has not reached")
     parser.add_argument("--table", type=Path, default=choices.FILE, help="default: %(default)s")
     options = parser.parse_args(arguments)
     found = record.load(record.location(options.record))
     try:
         if found["sources"] != record.sources():
             raise Refused(f"it is of other sources than these, those of commit {found['commit']}")
-        new = entry(found, tests.files())
+        new = [entry(found, tests.files())]
+        if options.also:
+            new.insert(0, besides(entry(record.load(record.location(options.also)), tests.files()), new[0]))
     except Refused as reason:
         print(f"{options.record} chooses nothing: {reason}", file=sys.stderr)
         return 1
     table = text(updated(json.loads(options.table.read_text()), new))
     choices.read(table)  # raises, rather than that the package does when it is imported
     options.table.write_text(table)
-    faster = sum(row["ours_ms"] < row["torch_ms"] for row in new["rows"])
-    print(f"{options.table}: {new['device']}, {faster} of {len(new['rows'])} rows are faster on our kernels")
+    rows = [row for one in new for row in one["rows"]]
+    faster = sum(row["ours_ms"] < row["torch_ms"] for row in rows)
+    print(f"{options.table}: {new[0]['device']}, {faster} of {len(rows)} rows are faster on our kernels")
     return 0
 
 

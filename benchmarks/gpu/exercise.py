@@ -7,7 +7,8 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ class Call(NamedTuple):
     training: bool = True
     padded: bool = False
     """With the lengths, and resets, in tensors on the device; else packed."""
+    thresholds: tuple[tuple[str, int], ...] = ()
+    """Of the module, other than its own: so few multiprocessors that a block has more sequences or a part of the
+    weights no room in registers, or so few bytes that steps are cut into chunks."""
 
 
 # Odd sizes, so that every edge of a tile is one, and cuBLAS does not take those of its kernels that write by the copy
@@ -47,7 +51,13 @@ PERSISTENT = (
     Call(15, 127, (3,) * 20),
     Call(23, 63, (3,) * 2, training=False),
     Call(23, 39, (0, 4, 2, 1), bidirectional=True, padded=True),
+    # Blocks of 16 and of 32 sequences; of 32, and not all weights in registers; chunks of a step or two.
+    Call(15, 63, (3,) * 11, thresholds=(("multiprocessors", 4),)),
+    Call(15, 63, (3,) * 19 + (2,), thresholds=(("multiprocessors", 4),)),
+    Call(7, 399, (2,) * 17, thresholds=(("multiprocessors", 25),)),
+    Call(15, 63, (5,) * 3, bidirectional=True, thresholds=(("chunk_bytes", 4000),)),
 )
+_ALL = 1 << 20  # multiprocessors
 _EVERYTHING = {"step": STEP, "persistent": PERSISTENT}
 
 
@@ -77,7 +87,7 @@ def run(path: str, kind: str, cell: str, call: Call, device: str = "cuda") -> st
     elif len(set(call.lengths)) > 1:
         x = pack_padded_sequence(padded, torch.tensor(call.lengths), enforce_sorted=False)
     hx = (state, state) if cell == "lstm" else state
-    with precision(tf32), cuda.use(path), torch.set_grad_enabled(call.training):
+    with _set(call.thresholds), precision(tf32), cuda.use(path), torch.set_grad_enabled(call.training):
         taken: str = pyrnnfast.explain(module, x, hx, **extras).path
         y, final = module(x, hx, **extras)
         results = [y.data if isinstance(y, PackedSequence) else y, *(final if cell == "lstm" else (final,))]
@@ -85,6 +95,18 @@ def run(path: str, kind: str, cell: str, call: Call, device: str = "cuda") -> st
             upstream = [torch.randn(t.shape).to(t) for t in results]
             torch.autograd.grad(results, [padded, state, *module.parameters()], upstream)
     return taken
+
+
+@contextmanager
+def _set(thresholds: Iterable[tuple[str, int]]) -> Iterator[None]:
+    module = cuda.load().module
+    for name, value in thresholds:
+        module.set_threshold(name, value)
+    try:
+        yield
+    finally:
+        for name, _ in thresholds:
+            module.set_threshold(name, module.CHUNK_BYTES if name == "chunk_bytes" else _ALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -135,7 +135,8 @@ struct Tagged {
   }
 };
 
-// A part of a sum, handed over in the same way: in float32, but for the two lowest bits, which are the tag.
+// A part of a sum, handed over in the same way: in float32, but for the two lowest bits, which are the tag. Zeros have
+// that of step 3, but whoever waits for step 3 in a word has before waited for step 1 in the same word.
 struct Part {
   static constexpr uint32_t kTag = 3;
 

@@ -11,8 +11,8 @@
 // needs, and again as long as not all of it is of the step. There are two exchanges, used by turns. Nobody writes one
 // that is still being read: before a block writes step s + 1, its warps together have seen step s of all blocks, and
 // have met; and those blocks had read the exchange of step s − 1 before. Neither fences nor flags are wanted, as
-// nothing but the words themselves is handed over. The exchanges begin with zeros, which have the tag of a step that is
-// far away.
+// nothing but the words themselves is handed over. The exchanges begin with zeros, which are of no step that is waited
+// for in them first.
 //
 // A Block gives the code its threads: on the device those of CUDA (device.cuh); in the tests loops, and a std::thread
 // for each block (host.h). `Each…` are what a lane, warp or thread keeps to itself. All loops over fragments that are
@@ -191,8 +191,7 @@ class Elements {
     if (ahead < last) fetch(ahead);
   }
 
-  // The two rows of a warp are four apart, so that their sums, whose rows are 4 banks apart, do not lie in the same
-  // banks of shared memory.
+  // The two rows of a warp are four apart, which is 16 banks of shared memory (sum_stride).
   PYRNNFAST_DEVICE static int row_of(int index) { return (index & ~7) | (index & 1) << 2 | (index >> 1 & 3); }
 
   const typename Tail::Run& run_;

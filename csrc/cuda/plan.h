@@ -3,7 +3,7 @@
 //
 // The persistent form (persistent.h) runs many steps in one launch, its blocks on the chip all at once. A block owns
 // kUnits hidden units of kTileRows · row_tiles sequences; every warp has a share of the product's depth for all of
-// them.
+// them, or, back through time, of the other blocks.
 #pragma once
 
 #include <string>
@@ -49,7 +49,8 @@ PYRNNFAST_HD constexpr int held_fragments(int weight_tiles, int row_tiles) {
 PYRNNFAST_HD constexpr int products_of_tile(int gates, int element_bytes) {
   return gates * kUnits * element_bytes / 32;
 }
-// Tiles of 16 columns of the weights that a warp holds in registers, 4 for each product; an even number.
+// Tiles of 16 columns of the weights that a warp holds in registers, 4 for each product; an even number, as two are
+// computed together, and not so many of one product that ptxas spills.
 PYRNNFAST_HD constexpr int held_tiles(int products, int row_tiles) {
   const int registers = row_tiles == 4 ? 64 : row_tiles == 2 ? 96 : 128;
   const int tiles = registers / (4 * products) / 2 * 2;

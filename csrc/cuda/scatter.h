@@ -2,9 +2,9 @@
 //
 // A block has the gate gradients of its own units, and for every block computes what they add to ∂L/∂h of that one's:
 //   part [16 units of the other, sequences] = (its rows of the weights, the other's columns)ᵀ · its gate gradients
-// Each of a block's warps does so for some of the others; which then add up the parts that are for them, in the order
-// of the blocks. So a block writes and reads as many numbers as there are hidden units, whatever the number of gates,
-// where it would read all gate gradients if everybody computed ∂L/∂h of his own units. Parts are in float32.
+// Each of a block's warps does so for every eighth of the others; which then add up the parts that are for them, always
+// in the same order. So a block writes and reads as many numbers as there are hidden units, whatever the number of
+// gates, where it would read all gate gradients if everybody computed ∂L/∂h of his own units. Parts are in float32.
 //
 // The exchange has a place for every pair of blocks. A lane writes the four sums that it has of a product at once, and
 // reads four that are of the same units and sequences.
@@ -50,11 +50,13 @@ PYRNNFAST_DEVICE void sweep_back(const typename Tail::Run& run, Block& block, in
   const int blocks = run.unit_blocks, row_begin = group * rows, own = unit_block;
   // Of a warp: every eighth block.
   const auto count_of = [&](int warp) { return (blocks - warp + kWarps - 1) / kWarps; };
+  static_assert(held % chains == 0, "tiles are computed together, all from registers or all from shared memory");
   const auto block_of = [&](int warp, int index) { return index * kWarps + warp; };
   const auto place_of = [&](int step, int to, int from) {
     return run.exchange_of(step) + ((group * blocks + to) * blocks + from) * RowTiles * kPartWords;
   };
-  // Lanes of sequences that are not there neither write nor read; those of the same sequences lie together.
+  // Of a lane's four words. Those of the same sequences lie together, as nobody writes those of sequences that are not
+  // there.
   const auto lane_place = [](int lane) { return (lane % 4 * 8 + lane / 4) * 4; };
   const auto is_there = [&](int tile, int lane) {
     return row_begin + tile * kTileRows + lane % 4 * 2 < run.layer.flow.batch;
