@@ -109,8 +109,8 @@ def connected(saved: Sequence[Tensor | None], leaves: Sequence[Tensor | None]) -
     ]
 
 
-# To ask takes up to 20 µs, a small part of a pass that has so many products.
-_PRODUCTS_WORTH_ASKING = 1 << 22
+# To ask takes up to 20 µs, on the machines that cards have 65: a small part of a pass that has so many products.
+_PRODUCTS_WORTH_ASKING, _OF_A_CARD = 1 << 22, 1 << 34
 
 
 def needed(ctx: Any, x: Tensor, gates: int) -> Sequence[bool]:
@@ -121,7 +121,7 @@ def needed(ctx: Any, x: Tensor, gates: int) -> Sequence[bool]:
     Args:
         x: the data, of whose rows each is multiplied with the rows of weights for ``gates``
     """
-    if x.numel() * gates < _PRODUCTS_WORTH_ASKING:
+    if x.numel() * gates < (_PRODUCTS_WORTH_ASKING if x.is_cpu else _OF_A_CARD):
         return ctx.needs_input_grad  # type: ignore[no-any-return]
     nodes = (node for node, _ in ctx.next_functions if node is not None)  # of each input that requires gradients
     found = []
