@@ -35,8 +35,6 @@ both sides' times grow alike, once they are not small.
 NOISE = 0.97
 """Ours have to be faster by more than two runs of one side differ."""
 
-_CACHED = 4096
-
 
 class Problem(NamedTuple):
     """What of a call its speed follows from. ``cell`` as in :data:`pyrnnfast.reference.STEPS`."""
@@ -181,7 +179,6 @@ class Table:
     def __init__(self, records: Iterable[Record]) -> None:
         self.records = tuple(records)
         self._rows: dict[tuple[object, ...], list[Row]] = {}
-        self._known: dict[tuple[object, ...], Verdict | None] = {}
         for record in self.records:
             if record.refusal is None:
                 for row in record.rows:
@@ -201,14 +198,8 @@ class Table:
         return None if found is None else found.path
 
     def _found(self, capability: str, problem: Problem, either: bool) -> Verdict | None:
-        key = capability, problem, either
-        if key not in self._known:
-            if len(self._known) >= _CACHED:  # shapes without end
-                self._known.clear()
-            rows = self._rows.get(_key(capability, problem), ())
-            alike = [r for r in rows if either or (r.problem.layers > 1) == (problem.layers > 1)]
-            self._known[key] = _of_nearest(alike, problem)
-        return self._known[key]
+        rows = self._rows.get(_key(capability, problem), ())
+        return _of_nearest([r for r in rows if either or (r.problem.layers > 1) == (problem.layers > 1)], problem)
 
 
 def _of_nearest(rows: Sequence[Row], problem: Problem) -> Verdict | None:

@@ -208,7 +208,7 @@ def choose(tensor: Tensor, problem: Callable[[], Problem | None], ours_alone: st
     return choice._replace(path="torch") if choice.path == CUDNN and not torch.backends.cudnn.enabled else choice
 
 
-# To decide takes longer than a launch, and a network makes the same call again and again.
+# To decide takes longer than a launch, and a network makes the same call again and again; but shapes have no end.
 _remembered = functools.lru_cache(maxsize=4096)
 
 

@@ -199,12 +199,3 @@ def test_a_table_that_is_none(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=r"cuda_choices\.json") as error:
         choices.read(text)
     assert words in str(error.value)
-
-
-def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "_CACHED", 8)
-    measured = of(row(0.5))
-    for steps in range(1, 50):
-        near = measured.verdict("9.0", CALL._replace(steps=steps))
-        assert (near is not None) == (steps >= 25)
-        assert len(measured._known) <= 8

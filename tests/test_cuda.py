@@ -382,6 +382,11 @@ def test_a_call_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explained().path == "torch"
 
 
+def test_memory_is_bounded() -> None:
+    for remembered in (cuda._for_all, cuda._for_call, cuda._form, cuda._missing):
+        assert (remembered.cache_info().maxsize or 1 << 30) <= 4096
+
+
 def test_threads_that_ask_may_leave_in_any_order() -> None:
     first, second = cuda.use("step"), cuda.use("persistent")
     first.__enter__()

@@ -69,6 +69,10 @@ Plan plan_for(const std::string& form, int device, const Shape& shape) {
 
 template <class P>
 void plan_and_run(const Checked<P>& call, py::handle x, const Operand& data, const std::string& form, bool tf32) {
+  const P& problem = call.directions[0];
+  if (std::max(problem.steps, problem.batch) > std::numeric_limits<int>::max()) {
+    throw py::value_error("the kernels count steps and sequences in 32 bits");
+  }
   Context context;
   context.device = data.device;
   context.tf32 = tf32;

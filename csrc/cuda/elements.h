@@ -15,8 +15,8 @@ template <class T>
 struct View {
   T* data = nullptr;
   int64_t stride = 0;
-  int64_t step =
-      0;  // over time: from a row to that of the same sequence at the next step of the pass, if that is known
+  // Over time: from a row to that of the same sequence at the next step of the pass, if that is known.
+  int64_t step = 0;
 
   PYRNNFAST_HD bool present() const { return data != nullptr; }
   PYRNNFAST_HD T& operator()(int64_t row, int64_t column) const { return data[row * stride + column]; }

@@ -89,7 +89,7 @@ PYRNNFAST_DEVICE void with_count(int count, const Body& body) {
 //
 // Where half of the threads would do, there are two groups of them, each with all elements, that take the steps in
 // turns. While one finishes a step, for which all wait, the other stores what it made of the step before, and fetches
-// what it will want for the next: that takes as long. What an element carries from step to step changes hands.
+// what it will want for the next. What an element carries from step to step changes hands.
 template <class Tail, int RowTiles, class Block>
 class Elements {
  public:
