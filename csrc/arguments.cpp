@@ -36,6 +36,16 @@ std::string Arguments::text(size_t index) const {
   return values_[index].cast<std::string>();
 }
 
+py::tuple Arguments::tuple(size_t index) const {
+  if (!PyTuple_Check(values_[index].ptr())) wrong_type(index, "a tuple");
+  return py::reinterpret_borrow<py::tuple>(values_[index]);
+}
+
+bool Arguments::truth(size_t index) const {
+  if (!PyBool_Check(values_[index].ptr())) wrong_type(index, "a bool");
+  return values_[index].ptr() == Py_True;
+}
+
 int64_t Arguments::integer(size_t index) const {
   // NumPy's integers, too, and tensors of one integer.
   if (!PyIndex_Check(values_[index].ptr())) wrong_type(index, "an int");

@@ -6,6 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,8 @@ class Arguments {
 
   // These throw py::type_error for another type, and integer() py::value_error beyond 64 bits.
   std::string text(size_t index) const;
+  pybind11::tuple tuple(size_t index) const;
+  bool truth(size_t index) const;
   int64_t integer(size_t index) const;
 
  private:
@@ -32,5 +35,13 @@ class Arguments {
   const std::vector<const char*>& names_;
   std::vector<pybind11::handle> values_;
 };
+
+// `first`, then `others`.
+template <size_t Count>
+std::vector<const char*> names_with(const char* const (&first)[Count], std::initializer_list<const char*> others) {
+  std::vector<const char*> names(first, first + Count);
+  names.insert(names.end(), others);
+  return names;
+}
 
 }  // namespace pyrnnfast

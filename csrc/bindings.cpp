@@ -47,32 +47,27 @@ void product(const py::args& args, const py::kwargs& kwargs) {
   run(p, threads);
 }
 
-py::tuple tuple_of(const Arguments& arguments, const std::vector<const char*>& names, size_t i) {
-  if (!PyTuple_Check(arguments[i].ptr())) throw py::type_error(std::string(names[i]) + " must be a tuple");
-  return py::reinterpret_borrow<py::tuple>(arguments[i]);
-}
+class OnThreads final : public Backend {
+ public:
+  explicit OnThreads(int threads) : threads_(threads) {}
+  const Rules& rules() const override { return kCpuRules; }
+  void run(const std::vector<Checked<Forward>>& layers) const override { run_without_gil(layers, threads_); }
+  void run(const std::vector<Checked<Backward>>& layers) const override { run_without_gil(layers, threads_); }
 
-// The operands that both roads of plain calls have.
-PlainCall plain_call(const Arguments& arguments, const std::vector<const char*>& names) {
-  return {tuple_of(arguments, names, 0), tuple_of(arguments, names, 1), arguments[2], arguments[3],
-          tuple_of(arguments, names, 4)};
-}
+ private:
+  int threads_;
+};
 
 py::object forward_of_plain(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"types",  "form",   "x",  "batch_sizes", "weights",
-                                                 "inputs", "hidden", "hx", "grad",        "threads"};
+  static const std::vector<const char*> names = plain_forward_names({"threads"});
   const Arguments arguments("forward_plain", names, args, kwargs);
-  return forward_plain(plain_call(arguments, names), arguments.integer(5), arguments.integer(6), arguments[7],
-                       arguments[8].ptr() == Py_True, check_threads(arguments.integer(9)));
+  return forward_plain(arguments, OnThreads(check_threads(arguments.integer(kPlainForwardOperands))));
 }
 
 py::tuple backward_of_plain(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = {"types", "form", "x",    "batch_sizes", "weights", "needs",  "h0",
-                                                 "c0",    "y",    "kept", "upstream",    "dgates",  "threads"};
+  static const std::vector<const char*> names = plain_backward_names({"threads"});
   const Arguments arguments("backward_plain", names, args, kwargs);
-  return backward_plain(plain_call(arguments, names), tuple_of(arguments, names, 5), arguments[6], arguments[7],
-                        arguments[8], tuple_of(arguments, names, 9), tuple_of(arguments, names, 10),
-                        arguments[11].ptr() == Py_True, check_threads(arguments.integer(12)));
+  return backward_plain(arguments, OnThreads(check_threads(arguments.integer(kPlainBackwardOperands))));
 }
 
 void weight_gradients(const py::args& args, const py::kwargs& kwargs) {
@@ -95,11 +90,7 @@ void check_batch_sizes_of(const py::args& args, const py::kwargs& kwargs) {
 bool agree(const py::args& args, const py::kwargs& kwargs) {
   static const std::vector<const char*> names = {"types", "tensors", "shapes"};
   const Arguments arguments("agree", names, args, kwargs);
-  for (size_t i = 0; i < names.size(); ++i) {
-    if (!PyTuple_Check(arguments[i].ptr())) throw py::type_error(std::string(names[i]) + " must be a tuple");
-  }
-  const auto types = arguments[0].cast<py::tuple>(), tensors = arguments[1].cast<py::tuple>(),
-             shapes = arguments[2].cast<py::tuple>();
+  const py::tuple types = arguments.tuple(0), tensors = arguments.tuple(1), shapes = arguments.tuple(2);
   if (tensors.size() != shapes.size()) return false;
   Operand first;
   for (size_t i = 0; i < tensors.size(); ++i) {

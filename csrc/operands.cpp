@@ -12,13 +12,6 @@ constexpr const char* kBackward[kBackwardOperands] = {"cell", "x",      "h0",   
                                                       "kept", "grad_y", "grad_h_n", "grad_c_n", "grad_cells", "dx",
                                                       "dh0",  "dc0",    "dweights", "dgates",   "batch_sizes"};
 
-template <size_t Count>
-std::vector<const char*> with(const char* const (&operands)[Count], std::initializer_list<const char*> others) {
-  std::vector<const char*> names(operands, operands + Count);
-  names.insert(names.end(), others);
-  return names;
-}
-
 // What both passes begin with, behind the cell's name.
 void read_common(const Arguments& arguments, LayerOperands& o) {
   o.x = read_tensor(arguments[1], "x");
@@ -42,9 +35,13 @@ void read_steps(pybind11::handle given, LayerOperands& o) {
 
 }  // namespace
 
-std::vector<const char*> forward_names(std::initializer_list<const char*> others) { return with(kForward, others); }
+std::vector<const char*> forward_names(std::initializer_list<const char*> others) {
+  return names_with(kForward, others);
+}
 
-std::vector<const char*> backward_names(std::initializer_list<const char*> others) { return with(kBackward, others); }
+std::vector<const char*> backward_names(std::initializer_list<const char*> others) {
+  return names_with(kBackward, others);
+}
 
 ForwardOperands read_forward(const Arguments& arguments) {
   const auto tensor = [&](size_t i) { return read_tensor(arguments[i], kForward[i]); };

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "plain_tensors.h"
-#include "run.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -48,6 +47,11 @@ Operand rows_like(const Operand& like, const Operand& block, int64_t first) {
 
 int64_t rows_of(const Operand& x) { return x.dimensions == 3 ? x.shape[0] * x.shape[1] : x.shape[0]; }
 
+constexpr const char* kForward[kPlainForwardOperands] = {"types",  "form",   "x",  "batch_sizes", "weights",
+                                                         "inputs", "hidden", "hx", "grad"};
+constexpr const char* kBackward[kPlainBackwardOperands] = {"types", "form", "x", "batch_sizes", "weights",  "needs",
+                                                           "h0",    "c0",   "y", "kept",        "upstream", "dgates"};
+
 // What both passes of a call have in common: its operands, of all layers.
 struct Stack {
   Form form;
@@ -66,7 +70,7 @@ struct Stack {
   int64_t hidden() const { return weights[1].shape[1]; }
   int64_t width() const { return form.directions * hidden(); }
   bool has_cell() const { return form.widths->cell; }
-  bool cells_apart() const { return has_cell() && x.type == ElementType::bfloat16; }
+  bool cells_apart() const { return has_cell() && (x.type == ElementType::bfloat16 || x.type == ElementType::float16); }
   // Of `gates`, in units of H.
   int64_t kept_columns() const { return form.widths->saved + (has_cell() && !cells_apart() ? 1 : 0); }
 
@@ -107,10 +111,22 @@ void require(bool fits, const char* what) {
 
 }  // namespace
 
-py::object forward_plain(const PlainCall& call, int64_t inputs, int64_t hidden, py::handle hx, bool grad, int threads) {
+std::vector<const char*> plain_forward_names(std::initializer_list<const char*> others) {
+  return names_with(kForward, others);
+}
+
+std::vector<const char*> plain_backward_names(std::initializer_list<const char*> others) {
+  return names_with(kBackward, others);
+}
+
+py::object forward_plain(const Arguments& arguments, const Backend& backend) {
+  const PlainCall call(arguments);
+  const int64_t inputs = arguments.integer(5), hidden = arguments.integer(6);
+  const py::handle hx = arguments[7];
+  const bool grad = arguments[8].ptr() == Py_True;
   Stack s;
   if (!read_form(call.form, s.form)) return py::none();
-  Reader reader(call.types, false);
+  Reader reader(call.types, backend.rules(), false);
   if (!reader.read_x(call, s.form, inputs, s.layout, s.x) || s.rows() < 1) return py::none();
   if (!reader.read_weights(call.weights, s.form, s.weights) || s.hidden() != hidden) return py::none();
   bool keep = grad && requires_grad(call.x);
@@ -157,9 +173,9 @@ py::object forward_plain(const PlainCall& call, int64_t inputs, int64_t hidden, 
       auto o = s.operands_of<ForwardOperands>(layer, keep);
       o.h_n = states_of_layer(h_n, s.form, layer);
       o.c_n = states_of_layer(c_n, s.form, layer);
-      calls.push_back(check_forward(s.form.cell, o, kCpuRules));
+      calls.push_back(check_forward(s.form.cell, o, backend.rules()));
     }
-    run_without_gil(calls, threads);
+    backend.run(calls);
     if (keep) {
       py::list results;
       if (!step) results.append(y_tensor);
@@ -174,8 +190,11 @@ py::object forward_plain(const PlainCall& call, int64_t inputs, int64_t hidden, 
   }
 }
 
-py::tuple backward_plain(const PlainCall& call, const py::tuple& needs, py::handle h0, py::handle c0, py::handle y,
-                         const py::tuple& kept, const py::tuple& upstream, bool dgates, int threads) {
+py::tuple backward_plain(const Arguments& arguments, const Backend& backend) {
+  const PlainCall call(arguments);
+  const py::tuple needs = arguments.tuple(5), kept = arguments.tuple(9), upstream = arguments.tuple(10);
+  const py::handle h0 = arguments[6], c0 = arguments[7], y = arguments[8];
+  const bool dgates = arguments[11].ptr() == Py_True;
   Stack s;
   require(read_form(call.form, s.form), "the form");
   require(!dgates || s.form.single_step, "dgates");
@@ -186,7 +205,7 @@ py::tuple backward_plain(const PlainCall& call, const py::tuple& needs, py::hand
   for (size_t i = 0; i < gradients.size(); ++i) gradients[i] = py::none();
   if (std::all_of(upstream.begin(), upstream.end(), [](py::handle g) { return g.is_none(); })) return gradients;
 
-  Reader reader(call.types, true);
+  Reader reader(call.types, backend.rules(), true);
   require(reader.read_weights(call.weights, s.form, s.weights), "weights");
   require(reader.read_x(call, s.form, s.weights[0].shape[1], s.layout, s.x), "x");
   if (s.layout == Layout::packed) s.batch_sizes = read_tensor(call.batch_sizes, "batch_sizes");
@@ -272,10 +291,10 @@ py::tuple backward_plain(const PlainCall& call, const py::tuple& needs, py::hand
     o.dc0 = states_of_layer(dc0, s.form, layer);
     o.dweights = weights_of_layer(dweights, s.form, layer);
     o.dgates = of_gates;
-    calls.push_back(check_backward(s.form.cell, o, kCpuRules));
+    calls.push_back(check_backward(s.form.cell, o, backend.rules()));
     upper = o.dx;
   }
-  run_without_gil(calls, threads);
+  backend.run(calls);
   return gradients;
 }
 

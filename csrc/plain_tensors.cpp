@@ -55,6 +55,13 @@ py::object new_empty_of(py::handle like, Sizes... sizes) {
 
 }  // namespace
 
+PlainCall::PlainCall(const Arguments& arguments)
+    : types(arguments.tuple(0)),
+      form(arguments.tuple(1)),
+      x(arguments[kPlainX]),
+      batch_sizes(arguments[3]),
+      weights(arguments.tuple(4)) {}
+
 bool read_form(const py::tuple& given, Form& form) {
   if (given.size() != 5 || !PyUnicode_Check(py::handle(given[0]).ptr())) return false;
   form.cell = given[0].cast<std::string>();
@@ -117,14 +124,17 @@ bool Reader::read_weights(const py::tuple& given, const Form& form, std::vector<
 
 // The tensor becomes what has been read, where it had to be resolved.
 bool Reader::plain(py::handle& tensor, Operand& o) {
-  const bool is_plain = read_plain_tensor(tensor, types_, o);
+  const bool is_plain = read_plain_tensor(tensor, types_, rules_, o);
   if (!is_plain && resolve_) {
     if (is_zero_tensor(tensor)) tensor = keep(tensor.attr("clone")());
     if (py::hasattr(tensor, "resolve_neg")) tensor = keep(tensor.attr("resolve_neg")());
     o = read_tensor(tensor, "what was saved, or a gradient,");
   }
-  if ((is_plain || resolve_) && o.memory == Memory::cpu && o.data != nullptr) return true;
-  if (resolve_) throw std::invalid_argument("backward: what was saved, or a gradient, has no memory on the CPU");
+  if ((is_plain || resolve_) && o.memory == rules_.memory && o.data != nullptr) return true;
+  if (resolve_) {
+    throw std::invalid_argument(std::string("backward: what was saved, or a gradient, has no memory on ") +
+                                (rules_.memory == Memory::cpu ? "the CPU" : "a CUDA device"));
+  }
   return false;
 }
 

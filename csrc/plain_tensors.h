@@ -22,6 +22,15 @@ struct Form {
   int64_t runs() const { return layers * directions; }
 };
 
+// The operands that both passes of a call have; see plain.h.
+struct PlainCall {
+  explicit PlainCall(const Arguments& arguments);
+
+  pybind11::tuple types, form;
+  pybind11::handle x, batch_sizes;
+  pybind11::tuple weights;
+};
+
 // Whether it is one. Of truth values only the objects True and False count; others are left to torch.
 bool read_form(const pybind11::tuple& given, Form& form);
 
@@ -31,11 +40,12 @@ enum class Layout { step, packed, unbatched, time_major, batch_first };
 // Reads tensors, and keeps what it has to copy for that.
 class Reader {
  public:
-  // Where `resolve` says so, tensors may be of other types, too, and those that are lazily negated are resolved; what
-  // cannot be read is refused by an exception.
-  Reader(const pybind11::tuple& types, bool resolve) : types_(types), resolve_(resolve) {}
+  // By the rules of the kernels. Where `resolve` says so, tensors may be of other types than these, too, and those that
+  // are lazily negated are resolved; what cannot be read is refused by an exception.
+  Reader(const pybind11::tuple& types, const Rules& rules, bool resolve)
+      : types_(types), rules_(rules), resolve_(resolve) {}
 
-  // Whether it is a plain CPU tensor of so many dimensions; if so, `o` is it, or a copy, contiguous. One that is
+  // Whether it is a plain tensor of so many dimensions; if so, `o` is it, or a copy, contiguous. One that is
   // expanded is copied if it has at most so many elements, or if asked to resolve: what has the wrong shape may be
   // small in memory and a copy of it endless.
   bool read(pybind11::handle tensor, int dimensions, Operand& o, int64_t expanded = 0);
@@ -55,6 +65,7 @@ class Reader {
   pybind11::handle keep(pybind11::object tensor);
 
   const pybind11::tuple& types_;
+  const Rules& rules_;
   bool resolve_;
   std::vector<pybind11::object> kept_;
 };

@@ -125,7 +125,17 @@ bool is_zero_tensor(py::handle object) {
   return py::hasattr(object, "_is_zerotensor") && object.attr("_is_zerotensor")().ptr() == Py_True;
 }
 
-bool read_plain_tensor(py::handle object, const py::tuple& types, Operand& operand) {
+namespace {
+
+// The rest of what makes a tensor plain, once its operand has been read.
+bool obeys(const Rules& rules, const Operand& o) {
+  return o.memory == rules.memory &&
+         (o.type == ElementType::float32 || o.type == ElementType::float64 || o.type == ElementType::bfloat16 ||
+          (o.type == ElementType::float16 && rules.float16));
+}
+
+// Of one of these types, with elements of its own.
+bool read_elements(py::handle object, const py::tuple& types, Operand& operand) {
   bool known = false;
   for (const py::handle type : types) known |= reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == type.ptr();
   if (!known) return false;
@@ -138,11 +148,18 @@ bool read_plain_tensor(py::handle object, const py::tuple& types, Operand& opera
   } catch (const py::value_error&) {  // it has no memory
     return false;
   }
-  if (operand.data == nullptr && is_zero_tensor(object)) return false;
-  const Rules& rules = operand.memory == Memory::cuda ? kCudaRules : kCpuRules;
-  return operand.memory == rules.memory &&
-         (operand.type == ElementType::float32 || operand.type == ElementType::float64 ||
-          operand.type == ElementType::bfloat16 || (operand.type == ElementType::float16 && rules.float16));
+  return operand.data != nullptr || !is_zero_tensor(object);
+}
+
+}  // namespace
+
+bool read_plain_tensor(py::handle object, const py::tuple& types, const Rules& rules, Operand& operand) {
+  return read_elements(object, types, operand) && obeys(rules, operand);
+}
+
+bool read_plain_tensor(py::handle object, const py::tuple& types, Operand& operand) {
+  return read_elements(object, types, operand) &&
+         obeys(operand.memory == Memory::cuda ? kCudaRules : kCpuRules, operand);
 }
 
 void* current_stream(py::handle tensor, int device) {

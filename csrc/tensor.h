@@ -17,8 +17,10 @@ Operand read_tensor(pybind11::handle object, const char* name);
 // Of a tuple; py::type_error for anything else. (A list could be emptied by another thread while the kernels run.)
 std::vector<Operand> read_tensors(pybind11::handle tuple, const char* name);
 
-// Whether an object is a plain tensor: of exactly one of these types, not lazily negated, on the CPU or a CUDA device,
-// of a dtype of the kernels there. If so, `operand` is it.
+// Whether an object is a plain tensor: of exactly one of these types, not lazily negated, where the rules want it, and
+// of a dtype of theirs. If so, `operand` is it.
+bool read_plain_tensor(pybind11::handle object, const pybind11::tuple& types, const Rules& rules, Operand& operand);
+// By the rules of the CPU or of CUDA devices, wherever it is.
 bool read_plain_tensor(pybind11::handle object, const pybind11::tuple& types, Operand& operand);
 
 // Whether it is zeros that have no memory, as torch's derivatives may hand over.

@@ -188,23 +188,28 @@ def asked() -> str | None:
     return _asked
 
 
-def choose(tensor: Tensor, problem: Callable[[], Problem | None], ours_alone: str | None) -> Choice:
-    """The road of an eager call.
+def choose_for_all(tensor: Tensor) -> Choice | None:
+    """The road of every eager call on a device, so that a call which torch takes anyway is not kept waiting; None: that
+    follows from what the call is."""
+    choice = _for_all(load(), table(), _asked, _index(tensor))
+    return None if choice is None else _without_cudnn(choice)
+
+
+def choose(tensor: Tensor, call: Problem | None, ours_alone: str | None) -> Choice:
+    """The road of an eager call where it is not that of all.
 
     Args:
         tensor: one of its tensors, all of which are on one device
-        problem: gives what the call is, or None where torch is to say what is wrong with it; not called where nothing
-            follows from it, so that a call which torch takes anyway is not kept waiting
+        call: what it is, or None where torch is to say what is wrong with it
         ours_alone: what is asked for that torch's layers do not have, so that any record will do
     """
-    state = load(), table(), _asked, _index(tensor)
-    choice = _for_all(*state)
-    if choice is None:
-        call = problem()
-        if call is None:
-            return Choice("torch", "the operands do not fit together")
-        choice = _for_call(*state, call, ours_alone)
-    # Switched off, and torch does without it.
+    if call is None:
+        return Choice("torch", "the operands do not fit together")
+    return _without_cudnn(_for_call(load(), table(), _asked, _index(tensor), call, ours_alone))
+
+
+def _without_cudnn(choice: Choice) -> Choice:
+    """The same where cuDNN is switched off, and torch does without it."""
     return choice._replace(path="torch") if choice.path == CUDNN and not torch.backends.cudnn.enabled else choice
 
 
@@ -277,6 +282,18 @@ def _forms(loaded: Loaded, measured: Table, asked: str | None, index: int, call:
 
 
 @_remembered
+def _forms_of_layers(
+    loaded: Loaded, measured: Table, asked: str | None, index: int, call: Problem, back: bool
+) -> tuple[str, ...]:
+    """Of each layer, as :func:`_form`, in the order in which a pass has them."""
+    above = (2 if call.bidirectional else 1) * call.hidden
+    inputs = [call.inputs, *[above] * (call.layers - 1)]
+    layers = [call._replace(inputs=i, layers=1) for i in inputs]
+    forms = [_form(loaded, measured, asked, index, layer, back)[0] for layer in layers]
+    return tuple(reversed(forms) if back else forms)
+
+
+@_remembered
 def _form(
     loaded: Loaded, measured: Table, asked: str | None, index: int, layer: Problem, back: bool
 ) -> tuple[str, str]:
@@ -339,10 +356,16 @@ def tf32() -> bool:
     """
     # What `torch.backends.cudnn.rnn.fp32_precision` asks, in a tenth of the time.
     precision: str = torch._C._get_fp32_precision_getter("cuda", "rnn")
-    # NVIDIA's libraries obey it above all switches.
-    return precision == "tf32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+    return precision == "tf32" and not _tf32_is_forbidden()
 
 
+@functools.cache
+def _tf32_is_forbidden() -> bool:
+    """NVIDIA's libraries obey it above all switches; they read it once, too."""
+    return os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
+
+
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -396,6 +419,27 @@ def backward(
         module.backward(
             cell, x, h0, c0, weights, y, kept, *upstream, dx, dh0, dc0, dweights, dgates, batch_sizes, form, narrow
         )
+
+
+def plain_pass(x: Tensor, call: Problem, back: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """``_cuda``'s way of a plain call (plain.py) on the device of its input, and what it is given behind the operands.
+
+    A backward pass has the path, and the TF32, that is asked for when it runs.
+    """
+    loaded = load()
+    narrow = x.dtype is torch.float32 and tf32()
+    if narrow is not call.tf32:
+        call = call._replace(tf32=narrow)
+    forms = _forms_of_layers(loaded, table(), _asked, _index(x), call, back)
+    run = loaded.module.backward_plain if back else loaded.module.forward_plain
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        run = functools.partial(_on_device, x.device, run)
+    return run, (forms, narrow)
+
+
+def _on_device(device: torch.device, run: Callable[..., Any], *operands: Any) -> Any:
+    with torch.cuda.device(device):
+        return run(*operands)
 
 
 def _pass(

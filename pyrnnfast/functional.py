@@ -1,4 +1,4 @@
-"""Layers and cells as functions, and the choice between our kernels and torch's operators.
+"""Layers and cells as functions, on our kernels or torch's operators.
 
 ``rnn``, ``gru``, ``lstm`` and the cells take the arguments that torch.nn's modules hold, weights in the modules' order.
 What the kernels do not serve, bad input included, goes to torch, which computes it or raises with its own words:
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import amp, cuda, layers, obstacles, plain, segments, transforms
-from .choices import FUSED, Problem
+from . import amp, layers, obstacles, plain, roads, segments
 from .layers import NO_EXTRAS, Extras
 from .obstacles import Spec
 
@@ -37,14 +36,14 @@ def call(
         return layers.run_jagged(spec, input, hx, extras, lambda x, first: call(spec, x, first, weights, otherwise))
     if extras and layers.is_empty_batch(spec, input):
         extras = NO_EXTRAS  # no sequence has a length
-    device = _device_type(weights)
+    device = roads.device_type(weights)
     autocast = torch.is_autocast_enabled(device)
     form = obstacles.form(input)
     input = _readable(form, input)
     operands, road = (input, hx, weights), None
     reason = obstacles.recording_obstacle()
     if reason is None:
-        road = _road(device, spec, form, input, hx, weights, extras)
+        road = roads.road(device, spec, form, input, hx, weights, extras)
         if road.by_torch and not extras:
             reason = road.reason  # without asking what it would not need
         else:
@@ -68,13 +67,13 @@ def explain(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], extras: 
     """Which road :func:`call` would take, as in :class:`pyrnnfast.Explanation`, and why."""
     if not spec.single_step and layers.is_jagged(input):
         input, hx, *_ = layers.pack_jagged(spec, input, hx)
-    device = _device_type(weights)
+    device = roads.device_type(weights)
     form = obstacles.form(input)
     input = _readable(form, input)
     _, reason = _served(device, spec, form, input, hx, weights)
     if reason is not None:
         return "torch", reason
-    road = _road(device, spec, form, input, hx, weights, extras)
+    road = roads.road(device, spec, form, input, hx, weights, extras)
     return road.path, road.reason
 
 
@@ -93,81 +92,6 @@ def _readable(asked: str, input: Any) -> Any:
     if asked == "transforms" and isinstance(input, PackedSequence):
         return PackedSequence(input.data, segments.unwrapped(input.batch_sizes), *input[2:])
     return input
-
-
-def _device_type(weights: Sequence[Any]) -> str:
-    """Whose autocast and whose kernels a call is for: "cuda" or "cpu"."""
-    first = weights[0] if weights else None
-    return "cuda" if isinstance(first, Tensor) and cuda.takes(first) else "cpu"
-
-
-def _road(
-    device: str, spec: Spec, form: str, input: Any, hx: Any, weights: Sequence[Tensor], extras: Extras
-) -> cuda.Choice:
-    """Of a call that may be wrong in any way yet: ours, the reference, or torch's.
-
-    Raises:
-        ValueError: as :func:`pyrnnfast.obstacles.check_packed`, on CUDA, where packed input may go to torch unseen
-    """
-    if form == "transforms":
-        if not transforms.on_kernels():
-            return cuda.Choice("reference", "derivatives that the kernels do not have")
-        if extras or isinstance(input, PackedSequence):
-            return cuda.Choice("reference", "no kernel transforms sequences of different lengths")
-    if device == "cpu":
-        return cuda.Choice(FUSED, "served by pyrnnfast._cpu")
-    obstacles.check_packed(spec, form, input)
-    if spec.single_step and cuda.asked() is None:
-        # A graph has them operator by operator, and fuses them; elsewhere torch has kernels of its own.
-        return cuda.Choice("torch", "a step by ours was not measured against torch's own")
-    # Where operators are recorded, the values of lengths and resets are not known, and sizes perhaps neither.
-    unknown = form == "operators" and (bool(extras) or _is_symbolic(input))
-    in_graph = form == "transforms" or torch.compiler.is_compiling() or unknown
-    ours_alone = "cell_states" if spec.cell_states else "lengths or reset in a graph" if extras and in_graph else None
-    if in_graph:
-        choice = cuda.choose_for_graph(weights[0])
-    else:
-        choice = cuda.choose(weights[0], lambda: _problem(spec, input, hx, weights, bool(extras)), ours_alone)
-    if choice.ours or ours_alone is None:
-        return choice
-    return cuda.Choice("reference", f"torch's layers have no {ours_alone}, and {choice.reason}")
-
-
-def _is_symbolic(input: Any) -> bool:
-    data = input.data if isinstance(input, PackedSequence) else input
-    return isinstance(data, Tensor) and any(isinstance(size, torch.SymInt) for size in data.shape)
-
-
-def _problem(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], padded: bool = False) -> Problem | None:
-    """What of a call its speed follows from; None where it is not even a call."""
-    packed = isinstance(input, PackedSequence) and not spec.single_step
-    data = input.data if packed else input
-    if not isinstance(data, Tensor) or data.dim() > 3 or data.numel() == 0:
-        return None
-    if packed:
-        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
-    else:
-        unbatched = data.dim() == (1 if spec.single_step else 2)
-        sizes = [1] * spec.single_step + list(data.shape[:-1]) + [1] * unbatched
-        if len(sizes) != 2:
-            return None
-        batch, steps = sizes if spec.batch_first and not unbatched else reversed(sizes)
-    dtype = amp.dtype_for("cuda", spec) if torch.is_autocast_enabled("cuda") else data.dtype
-    tensors = (data, *(hx if isinstance(hx, (tuple, list)) else (hx,)), *weights)
-    return Problem(
-        spec.cell,
-        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors),
-        cuda.dtype_name(dtype),
-        dtype is torch.float32 and cuda.tf32(),
-        steps,
-        batch,
-        data.shape[-1],
-        spec.hidden_size,
-        bidirectional=spec.bidirectional,
-        packed=packed,
-        padded=padded,
-        layers=spec.num_layers,
-    )
 
 
 _STOCK_LAYERS: dict[str, Callable[..., torch.nn.Module]] = {

@@ -24,6 +24,10 @@ DEVICE = {
 }
 
 
+# As they are before `install` closes them.
+_PLAIN = _cpu.forward_plain, _cpu.backward_plain
+
+
 class Fake:
     """``_cuda`` by the kernels of the CPU; it notes the form of every pass, and whether it was to use TF32."""
 
@@ -45,6 +49,18 @@ class Fake:
         self._note("backward", form, tf32)
         self._by_cpu(_cpu.backward, self._without_mask(own))
 
+    def forward_plain(self, *operands: Any) -> Any:
+        *own, forms, tf32 = operands
+        found = _PLAIN[0](*own, 1)
+        if found is not None:
+            self._note_each("forward", forms, tf32)
+        return found
+
+    def backward_plain(self, *operands: Any) -> Any:
+        *own, forms, tf32 = operands
+        self._note_each("backward", forms, tf32)
+        return _PLAIN[1](*own, 1)
+
     def plan(self, device: dict[str, Any], backward: bool, *problem: Any) -> dict[str, Any]:
         assert device == DEVICE
         self.planned.append((backward, *problem))
@@ -54,6 +70,10 @@ class Fake:
 
     def toolkit(self) -> str:
         return "13.0"
+
+    def _note_each(self, name: str, forms: tuple[str, ...], tf32: bool) -> None:
+        for form in forms:
+            self._note(name, form, tf32)
 
     def _note(self, name: str, form: str, tf32: bool) -> None:
         assert form in ("step", "persistent")
@@ -86,10 +106,10 @@ def _is_half(t: Any) -> bool:
 def install(
     monkeypatch: pytest.MonkeyPatch, module: Any, table: Table | None = None, reason: str | None = None
 ) -> None:
-    """Until the end of the test. The shortest road of the CPU is closed, and nothing is measured but ``table``."""
+    """Until the end of the test. The CPU's own shortest road is closed, and nothing is measured but ``table``."""
     loaded = cuda.Loaded(module, "80;90;120+PTX", (DEVICE,), reason)
     measured = Table([]) if table is None else table
-    agree = obstacles._agree
+    agree = obstacles.agree
 
     def agree_on_half(*call: Any) -> bool:
         """The kernels of the CPU, which are asked there, do not know float16."""
@@ -97,8 +117,9 @@ def install(
         half = bool(weights) and _is_half(weights[0]) and not torch._C._are_functorch_transforms_active()
         return agree(*call) or (half and obstacles._operands_obstacle(*call) is None)
 
-    monkeypatch.setattr(obstacles, "_agree", agree_on_half)
+    monkeypatch.setattr(obstacles, "agree", agree_on_half)
     monkeypatch.setattr(cuda, "takes", lambda t: t.is_cpu)
     monkeypatch.setattr(cuda, "load", lambda: loaded)
     monkeypatch.setattr(cuda, "table", lambda: measured)
-    monkeypatch.setattr(_cpu, "forward_plain", lambda *operands: None)
+    for name in ("forward_plain", "backward_plain"):
+        monkeypatch.setattr(_cpu, name, lambda *operands: pytest.fail("a call on CUDA went to the CPU's kernels"))

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence
 
 import pyrnnfast
-from pyrnnfast import amp, cuda, functional, ops
+from pyrnnfast import amp, cuda, ops, roads
 from pyrnnfast.choices import Problem, Table
 
 RECORDED = of(row(2.0, shape=[1000, 1, 1, 1]))  # of this card, but nothing like the calls below
@@ -271,14 +271,14 @@ def test_what_is_looked_up(name: str) -> None:
     case, other = PROBLEMS[name]
     module = case.module(pyrnnfast)
     x, states = case.operands()
-    assert functional._problem(module._spec(), case.packed(x), case.hx(states), module._weights()) == (
+    assert roads.problem(module._spec(), case.packed(x), case.hx(states), module._weights()) == (
         PROBLEM._replace(**other)
     )
 
 
 def test_what_is_looked_up_of_gradients_and_dtypes(tf32_as_before: None) -> None:
     def problem(module: torch.nn.Module, x: Any) -> Problem | None:
-        return functional._problem(module._spec(), x, None, module._weights())
+        return roads.problem(module._spec(), x, None, module._weights())
 
     module, x = LAYER.module(pyrnnfast), torch.ones(10, 4, 8)
     assert problem(module, x) == PROBLEM
@@ -382,8 +382,42 @@ def test_a_call_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explained().path == "torch"
 
 
+def test_what_torch_would_crash_on_raises_whoever_takes_the_call(fake: Fake) -> None:
+    """Calls that are torch's go there by the shortest road, too, and not past :func:`pyrnnfast.obstacles.guard`."""
+
+    def layer() -> pyrnnfast.LSTM:
+        return pyrnnfast.LSTM(3, 5, num_layers=2)
+
+    x, h = torch.ones(4, 2, 3), torch.zeros(2, 5)
+    wrong = layer()
+    wrong.weight_hh_l1 = torch.nn.Parameter(torch.ones(20, 4))
+    without = layer()
+    del without._flat_weights_names[-1]
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2]))
+    cell, on_meta = pyrnnfast.LSTMCell(3, 5), pyrnnfast.GRUCell(3, 5, device="meta")
+    for path in (None, "cudnn"):
+        with cuda.use(path):
+            for module in (wrong, without):
+                with pytest.raises(RuntimeError, match=r"LSTM: .* expected"):
+                    module(x)
+            with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size"):
+                layer()(packed, (h, h))
+            with pytest.raises(ValueError, match="batch_sizes"):
+                layer()(PackedSequence(packed.data, torch.tensor([1, 5])))
+            for no_pair in (h, (), (h,)):
+                with pytest.raises(TypeError, match="hx to be a pair"):
+                    cell(x[0], no_pair)
+            with pytest.raises(RuntimeError, match="not at the same device"):
+                on_meta(x[0])
+            with pytest.raises(RuntimeError, match="not at the same device"):
+                cell(x[0], (h, h.to("meta")))
+            found = layer()(x)[0]
+            assert found.shape == (4, 2, 5) and cell(x[0], (h, h))[0].shape == (2, 5)
+    assert fake.passes == []
+
+
 def test_memory_is_bounded() -> None:
-    for remembered in (cuda._for_all, cuda._for_call, cuda._form, cuda._missing):
+    for remembered in (cuda._for_all, cuda._for_call, cuda._form, cuda._forms_of_layers, cuda._missing):
         assert (remembered.cache_info().maxsize or 1 << 30) <= 4096
 
 
@@ -935,17 +969,17 @@ def test_cuda_tensors_are_ours_to_choose_for(fakes: None) -> None:
     assert cuda.takes(x)
     assert not cuda.takes(torch.empty(2))
     assert not cuda.takes(torch.empty(2, device="meta"))
-    assert functional._device_type([x]) == "cuda"
-    assert functional._device_type([torch.empty(2)]) == functional._device_type([]) == "cpu"
+    assert roads.device_type([x]) == "cuda"
+    assert roads.device_type([torch.empty(2)]) == roads.device_type([]) == "cpu"
 
 
 def test_each_device_by_its_number(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     devices = ({"name": "A", "major": 8, "minor": 0}, {"name": "B", "major": 9, "minor": 0})
     monkeypatch.setattr(cuda, "load", lambda: cuda.Loaded(Fake(), "80;90", devices))
     monkeypatch.setattr(cuda, "table", lambda: of(row(0.5)))
-    found = [cuda.choose(torch.empty(1, device=f"cuda:{k}"), lambda: None, None) for k in range(3)]
+    found = [cuda.choose_for_all(torch.empty(1, device=f"cuda:{k}")) for k in range(3)]
     assert found[0] == ("cudnn", "our kernels have no record from a card of compute capability 8.0")
-    assert found[1] == ("torch", "the operands do not fit together")
+    assert found[1] is None
     assert found[2] == ("cudnn", "the CUDA kernels see 2 devices, and cuda:2 is not among them")
 
 

@@ -1,5 +1,6 @@
 // The module pyrnnfast._cuda, and _emulation, the same on the host: takes tensors as objects, passes them through the
 // one door (check.cpp), plans, lets go of the GIL and runs. The signatures stand in pyrnnfast/_cuda.pyi.
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +10,7 @@
 
 #include "../arguments.h"
 #include "../operands.h"
+#include "../plain.h"
 #include "../tensor.h"
 #include "backend.h"
 
@@ -28,12 +30,6 @@ std::atomic<int64_t>& chunk_bytes() {
 std::atomic<int>& multiprocessors() {
   static std::atomic<int> count{std::numeric_limits<int>::max()};
   return count;
-}
-
-bool truth(const Arguments& arguments, size_t index, const char* name) {
-  const py::handle value = arguments[index];
-  if (!PyBool_Check(value.ptr())) throw py::type_error(std::string(name) + " must be a bool");
-  return value.ptr() == Py_True;
 }
 
 template <class P>
@@ -68,15 +64,15 @@ Plan plan_for(const std::string& form, int device, const Shape& shape) {
 }
 
 template <class P>
-void plan_and_run(const Checked<P>& call, py::handle x, const Operand& data, const std::string& form, bool tf32) {
+void plan_and_run(const Checked<P>& call, py::handle x, int device, const std::string& form, bool tf32) {
   const P& problem = call.directions[0];
   if (std::max(problem.steps, problem.batch) > std::numeric_limits<int>::max()) {
     throw py::value_error("the kernels count steps and sequences in 32 bits");
   }
   Context context;
-  context.device = data.device;
+  context.device = device;
   context.tf32 = tf32;
-  const Plan plan = plan_for(form, data.device, shape_of(call, tf32));
+  const Plan plan = plan_for(form, device, shape_of(call, tf32));
   // torch allocates, so that its allocator and CUDA graphs know of it.
   const int64_t element = call.directions[0].dtype == Dtype::float64   ? 8
                           : call.directions[0].dtype == Dtype::float32 ? 4
@@ -85,10 +81,13 @@ void plan_and_run(const Checked<P>& call, py::handle x, const Operand& data, con
   const py::object scratch = x.attr("new_empty")(count);
   context.scratch = read_tensor(scratch, "scratch").data;
   if (kBackendRules.memory == Memory::cuda) {
-    context.stream = current_stream(x, data.device);
-    const py::module_ cuda = py::module_::import("torch.cuda");
+    context.stream = current_stream(x, device);
+    // To import what is there already takes a while, too.
+    static py::gil_safe_call_once_and_store<py::object> torch_cuda;
+    torch_cuda.call_once_and_store_result([] { return py::object(py::module_::import("torch.cuda")); });
+    const py::object& cuda = torch_cuda.get_stored();
     // Whose handle it is.
-    if (cuda.attr("current_device")().cast<int>() != data.device) {
+    if (cuda.attr("current_device")().cast<int>() != device) {
       throw py::value_error("the device of the tensors must be the current one");
     }
     const py::object handle = cuda.attr("current_blas_handle")();
@@ -102,16 +101,55 @@ void forward(const py::args& args, const py::kwargs& kwargs) {
   static const std::vector<const char*> names = forward_names({"form", "tf32"});
   const Arguments arguments("forward", names, args, kwargs);
   const ForwardOperands o = read_forward(arguments);
-  plan_and_run(check_forward(arguments.text(0), o, kBackendRules), arguments[1], o.x, arguments.text(kForwardOperands),
-               truth(arguments, kForwardOperands + 1, "tf32"));
+  plan_and_run(check_forward(arguments.text(0), o, kBackendRules), arguments[1], o.x.device,
+               arguments.text(kForwardOperands), arguments.truth(kForwardOperands + 1));
 }
 
 void backward(const py::args& args, const py::kwargs& kwargs) {
   static const std::vector<const char*> names = backward_names({"form", "tf32"});
   const Arguments arguments("backward", names, args, kwargs);
   const BackwardOperands o = read_backward(arguments);
-  plan_and_run(check_backward(arguments.text(0), o, kBackendRules), arguments[1], o.x,
-               arguments.text(kBackwardOperands), truth(arguments, kBackwardOperands + 1, "tf32"));
+  plan_and_run(check_backward(arguments.text(0), o, kBackendRules), arguments[1], o.x.device,
+               arguments.text(kBackwardOperands), arguments.truth(kBackwardOperands + 1));
+}
+
+// A plain call's layers, each in its form.
+class OnDevice final : public Backend {
+ public:
+  // The last two of the arguments, from `first` on, are its own: forms, in the order in which the layers run, and tf32.
+  OnDevice(const Arguments& arguments, size_t first) : x_(arguments[kPlainX]), tf32_(arguments.truth(first + 1)) {
+    for (const py::handle form : arguments.tuple(first)) {
+      if (!PyUnicode_Check(form.ptr())) throw py::type_error("forms must be a tuple of str");
+      forms_.push_back(form.cast<std::string>());
+    }
+  }
+  const Rules& rules() const override { return kBackendRules; }
+  void run(const std::vector<Checked<Forward>>& layers) const override { run_each(layers); }
+  void run(const std::vector<Checked<Backward>>& layers) const override { run_each(layers); }
+
+ private:
+  template <class P>
+  void run_each(const std::vector<Checked<P>>& layers) const {
+    if (forms_.size() < layers.size()) throw py::value_error("forms must be as many as there are layers");
+    const int device = read_tensor(x_, "x").device;
+    for (size_t i = 0; i < layers.size(); ++i) plan_and_run(layers[i], x_, device, forms_[i], tf32_);
+  }
+
+  py::handle x_;
+  std::vector<std::string> forms_;
+  bool tf32_;
+};
+
+py::object forward_of_plain(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = plain_forward_names({"forms", "tf32"});
+  const Arguments arguments("forward_plain", names, args, kwargs);
+  return forward_plain(arguments, OnDevice(arguments, kPlainForwardOperands));
+}
+
+py::tuple backward_of_plain(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = plain_backward_names({"forms", "tf32"});
+  const Arguments arguments("backward_plain", names, args, kwargs);
+  return backward_plain(arguments, OnDevice(arguments, kPlainBackwardOperands));
 }
 
 py::dict as_dict(const DeviceProperties& d) {
@@ -154,7 +192,7 @@ py::dict plan_as_dict(const py::args& args, const py::kwargs& kwargs) {
   device.shared_bytes = given["shared_bytes"].cast<int64_t>();
   device.cooperative = given["cooperative"].cast<bool>();
   Shape shape;
-  shape.backward = truth(arguments, 1, "backward");
+  shape.backward = arguments.truth(1);
   shape.cell = check_cell(arguments.text(2));
   shape.dtype = dtype_named(arguments.text(3));
   int64_t* const sizes[] = {&shape.steps, &shape.batch, &shape.inputs, &shape.hidden, &shape.directions};
@@ -166,7 +204,7 @@ py::dict plan_as_dict(const py::args& args, const py::kwargs& kwargs) {
     }
   }
   if (shape.directions > 2) throw py::value_error("directions must be 1 or 2");
-  shape.tf32 = truth(arguments, 9, "tf32");
+  shape.tf32 = arguments.truth(9);
   const Plan plan = make_plan(device, shape, chunk_bytes());
   py::dict found;
   found["form"] = plan.persistent ? "persistent" : "step";
@@ -211,6 +249,8 @@ PYBIND11_MODULE(PYRNNFAST_MODULE, m) {
   m.doc() = "Recurrent layers on CUDA devices; csrc/check.h tells what each operand is.";
   m.def("forward", &forward);
   m.def("backward", &backward);
+  m.def("forward_plain", &forward_of_plain, "A plain stack of layers; None for whatever is not so plain.");
+  m.def("backward_plain", &backward_of_plain, "Back through the same.");
   m.def("devices", &devices_as_dicts, "What each device is; RuntimeError with the driver's words where there is none.");
   m.def("plan", &plan_as_dict, "How a recurrence would be run on a device; csrc/cuda/plan.h.");
   m.def("architectures", [] { return kArchitectures; }, "What this was compiled for.");
