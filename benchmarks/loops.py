@@ -1,7 +1,8 @@
-"""Cells called step after step, ours against torch.nn's: ``python -m benchmarks.loops [--steps 20] [--out NAME] …``
+"""Cells called step after step, ours against torch.nn's: ``python -m benchmarks.loops [--compiled] [--out NAME] …``
 
-With the same weights, and results that are compared before, in float32 and in float32 under autocast to bfloat16;
-training goes back from the last state. Both take turns in one process.
+With the same weights, and results that are compared before, in float32 and, but for compiled loops, in float32 under
+autocast to bfloat16; training goes back from the last state. Both take turns in one process. Compiled, the loop of each
+side is one graph, and ours is timed without a compiler, too.
 """
 
 import argparse
@@ -28,18 +29,30 @@ SIZES = ((1, 64), (1, 256), (1, 512), (8, 256), (8, 512), (32, 64), (32, 256), (
 TOLERANCE = {"float32": 1e-3, "autocast": 0.1}  # of the largest value
 
 
-def unrolled(module: torch.nn.Module, x: Tensor, mode: str, dtype: str) -> list[Tensor]:
+class Loop(torch.nn.Module):
+    """All steps of a cell, and the last output."""
+
+    def __init__(self, cell: torch.nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = None
+        for step in x:
+            state = self.cell(step, state)
+        found: Tensor = state[0] if isinstance(state, tuple) else state
+        return found
+
+
+def unrolled(loop: Any, x: Tensor, mode: str, dtype: str) -> list[Tensor]:
     """The last output and, in training, the gradients of the weights."""
     training = mode == "training"
     autocast = torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
-    state: Any = None
     with torch.set_grad_enabled(training):
         with autocast:
-            for step in x:
-                state = module(step, state)
-        output = state[0] if isinstance(state, tuple) else state
+            output = loop(x)
         if training:
-            return [output, *torch.autograd.grad(output, list(module.parameters()), torch.ones_like(output))]
+            return [output, *torch.autograd.grad(output, list(loop.parameters()), torch.ones_like(output))]
     return [output]
 
 
@@ -49,29 +62,30 @@ def check(ours: list[Tensor], theirs: list[Tensor], dtype: str, name: str) -> No
             raise SystemExit(f"{name}: ours differs from torch's")
 
 
-def rows(steps: int, seconds: float, threads: int) -> Iterator[dict[str, Any]]:
+def rows(steps: int, seconds: float, threads: int, compiled: bool) -> Iterator[dict[str, Any]]:
     watch = Watch(threads)
     for cell, make in CELLS.items():
         for batch, size in SIZES:
             torch.manual_seed(0)
             stock = make(size, size)
             ours, x = pyrnnfast.replace(copy.deepcopy(stock)), torch.randn(steps, batch, size)
-            for dtype in TOLERANCE:
+            for dtype in ("float32",) if compiled else TOLERANCE:
                 with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-                    path = pyrnnfast.explain(ours, x[0]).path
+                    path = "compiled" if compiled else pyrnnfast.explain(ours, x[0]).path
                 for mode in ("inference", "training"):
                     name = f"{cell} {mode} {steps},{batch},{size},{size} {dtype}"
-                    check(unrolled(ours, x, mode, dtype), unrolled(stock, x, mode, dtype), dtype, name)
-                    sides = {
-                        "ours": partial(unrolled, ours, x, mode, dtype),
-                        "torch": partial(unrolled, stock, x, mode, dtype),
-                    }
+                    loops: dict[str, Any] = {"ours": Loop(ours), "torch": Loop(stock)}
+                    if compiled:
+                        torch.compiler.reset()
+                        loops = {side: torch.compile(loop, fullgraph=True) for side, loop in loops.items()}
+                        loops["eager"] = Loop(ours)
+                    sides = {side: partial(unrolled, loop, x, mode, dtype) for side, loop in loops.items()}
+                    check(sides["ours"](), sides["torch"](), dtype, name)
                     times, disturbed = undisturbed(partial(turn_by_turn, sides, seconds), threads, watch)
                     found = {f"{side}_ms": 1e3 * s for side, s in times.medians.items()}
                     ratio = found["torch_ms"] / found["ours_ms"]
-                    print(
-                        f"{name:45} {found['ours_ms']:9.3f} ms  torch {ratio:5.2f} times as long ({path})", flush=True
-                    )
+                    eager = f"; ours without a compiler {found['eager_ms']:9.3f} ms" if compiled else f" ({path})"
+                    print(f"{name:45} {found['ours_ms']:9.3f} ms  torch {ratio:5.2f} times as long{eager}", flush=True)
                     yield {
                         "cell": cell, "mode": mode, "shape": [steps, batch, size, size], "dtype": dtype,
                         "threads": threads, "path": path, "disturbed": disturbed, **found,
@@ -83,12 +97,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=0.4, help="of each comparison")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compiled", action="store_true", help="both sides by torch.compile, each loop one graph")
     parser.add_argument("--out", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     with thread_count(options.threads):
-        found = list(rows(options.steps, options.seconds, options.threads))
+        found = list(rows(options.steps, options.seconds, options.threads, options.compiled))
     if options.out:
-        settings = {"seconds": options.seconds, "threads": options.threads, "steps": options.steps}
+        settings = {name: getattr(options, name) for name in ("seconds", "threads", "steps", "compiled")}
         print(record.save(options.out, record.origin(settings) | {"rows": found}))
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, ParamSpec, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from . import functional, layers, plain
+from . import functional, layers, plain, roads
 from .layers import NO_EXTRAS, Extras
 from .obstacles import Spec
 
@@ -245,6 +245,8 @@ class _Cells(_Ours, torch.nn.RNNCellBase):
             ValueError, RuntimeError: with torch's words; TypeError when the LSTM's ``hx`` is no pair.
         """
         weights = self._weights()
+        if torch.compiler.is_compiling() and roads.is_step_for_a_compiler(self._spec(), input, hx, weights):
+            return super().forward(input, hx)  # the less is asked, the less the graph has to look at each time
         if type(input) is Tensor:
             form = self._kind(), 1, 1, True, False
             found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights, super().forward)

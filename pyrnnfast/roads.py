@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import amp, cuda, obstacles, transforms
+from . import amp, cuda, obstacles, passes, transforms
 from .choices import FUSED, Problem
 from .layers import Extras
 from .obstacles import Spec
@@ -35,6 +35,8 @@ def road(
             return cuda.Choice("reference", "derivatives that the kernels do not have")
         if extras or isinstance(input, PackedSequence):
             return cuda.Choice("reference", "no kernel transforms sequences of different lengths")
+    if is_step_for_a_compiler(spec, input, hx, weights):
+        return cuda.Choice("torch", "the compiler fuses torch's own operators of a step")
     if device == "cpu":
         return cuda.Choice(FUSED, "served by pyrnnfast._cpu")
     obstacles.check_packed(spec, form, input)
@@ -51,6 +53,26 @@ def road(
     if choice.ours or ours_alone is None:
         return choice
     return cuda.Choice("reference", f"torch's layers have no {ours_alone}, and {choice.reason}")
+
+
+# In a compiled graph our step is an operator that Python runs, one for each step with gradients of all weights. torch's
+# are code of the compiler's, and products; only from so many weights on are they slower, without gradients: measured,
+# see docs/performance.md.
+_WEIGHTS_OF_A_SLOW_STEP = 3 << 18
+
+
+def is_step_for_a_compiler(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> bool:
+    """Whether torch.compile is at work on a cell on the CPU, of which it makes faster code by torch's operators."""
+    if not spec.single_step or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    if device_type(weights) != "cpu" or obstacles.form(input) != "operators":
+        return False
+    if spec.cell == "lstm" and isinstance(hx, Tensor):
+        return False  # obstacles.guard raises
+    if torch.is_grad_enabled() and _asks_for_gradients(input, hx, weights):
+        return True
+    count = passes.CELLS[spec.cell].gates * spec.hidden_size * (spec.input_size + spec.hidden_size)
+    return count < _WEIGHTS_OF_A_SLOW_STEP
 
 
 def _are_steps_torchs() -> bool:
@@ -121,7 +143,7 @@ def problem(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor], padded: 
     )
 
 
-def _asks_for_gradients(data: Tensor, hx: Any, weights: Sequence[Any]) -> bool:
+def _asks_for_gradients(data: Any, hx: Any, weights: Sequence[Any]) -> bool:
     # Not any() of a generator, which takes three times as long; and mostly the first one does.
     for t in (*weights, data, *(hx if isinstance(hx, (tuple, list)) else (hx,))):
         if isinstance(t, Tensor) and t.requires_grad:

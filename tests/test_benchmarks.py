@@ -1,5 +1,6 @@
 """The benchmark itself: which rows it has, how it computes limits, what it records. No times are asserted."""
 
+import functools
 import json
 import os
 import sys
@@ -411,5 +412,11 @@ def test_loops(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     rows = record.load("few")["rows"]
     assert len(rows) == 3 * 2 * 2 == len(capsys.readouterr().out.splitlines()) - 1
     assert all(r["ours_ms"] > 0 and r["torch_ms"] > 0 and r["path"] == "fused" for r in rows)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--compiled"])
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    loops.main()
+    rows = record.load("few")["rows"]
+    assert len(rows) == 3 * 2
+    assert all(r["ours_ms"] > 0 and r["eager_ms"] > 0 and r["path"] == "compiled" for r in rows)
     with pytest.raises(SystemExit, match="differs"):
         loops.check([torch.ones(2)], [torch.zeros(2)], "float32", "this")

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyrnnfast
-from pyrnnfast import functional, ops
+from pyrnnfast import functional, ops, roads
 
 SHAPES = ((3, 2), (5, 4), (7, 3), (9, 6))
 
@@ -67,6 +67,38 @@ def test_one_graph_for_every_shape(case: Case, train: bool) -> None:
         for steps, batch in SHAPES:
             assert_same(replace(case, steps=steps, batch=batch), compiled, module, train)
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("case", [c for c in _cases() if c.single_step], ids=str)
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+def test_steps_of_ours_in_a_graph(case: Case, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that above are torch's, as they are small or have gradients."""
+    monkeypatch.setattr(roads, "is_step_for_a_compiler", lambda *call: False)
+    test_one_graph_for_every_shape(case, train)
+
+
+def test_steps_are_the_compilers_where_it_is_faster() -> None:
+    def operators(cell: torch.nn.Module, size: int) -> set[str]:
+        graphs: list[torch.fx.GraphModule] = []
+
+        def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        torch.compile(cell, backend=record, fullgraph=True)(torch.randn(2, size))
+        return {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
+
+    for make, least in ((pyrnnfast.RNNCell, 628), (pyrnnfast.GRUCell, 363), (pyrnnfast.LSTMCell, 314)):
+        for size, training, ours in ((least, False, True), (least - 1, False, False), (least, True, False)):
+            with torch.set_grad_enabled(training):
+                found = operators(make(size, size), size)
+            assert any("pyrnnfast" in name for name in found) is ours, (make, size, training, found)
+
+
+def test_exported_steps_are_ours() -> None:
+    program = torch.export.export(pyrnnfast.GRUCell(3, 4), (torch.randn(2, 3),))
+    assert "pyrnnfast.layer" in str(program.graph)
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
