@@ -132,6 +132,8 @@ class _Layers(_Ours, torch.nn.RNNBase):
                 or whose weights have wrong shapes.
             TypeError, ValueError: ``lengths`` or ``reset`` are not as above, or not served with this input.
         """
+        if self.proj_size and type(input) is Tensor and not given and not self.cell_states:
+            return super().forward(input, hx)  # of dense input there is nothing else to ask
         weights = self._weights()
         extras = _extras(given) if given else NO_EXTRAS
         if type(input) in plain.INPUTS:

@@ -278,8 +278,8 @@ def state_shape(spec: Spec, input: Tensor | PackedSequence) -> tuple[int, ...]:
 def is_harmless(
     cell: str, sizes: tuple[int, int, int], directions: int, single_step: bool, hx: Any, weights: tuple[Any, ...]
 ) -> bool:
-    """Whether :func:`guard` finds nothing, of a call on CUDA with plain dense input: in a fraction of the time, which a
-    call that torch takes has to wait.
+    """Whether :func:`guard` finds nothing, of a call with plain dense input that has memory: in a fraction of the time,
+    which a call that torch takes has to wait.
 
     Args:
         sizes: of the input, hidden, and the number of layers
@@ -288,7 +288,7 @@ def is_harmless(
         states = () if hx is None else hx if cell == "lstm" else (hx,)
         if not isinstance(states, tuple) or len(states) != (0 if hx is None else 2 if cell == "lstm" else 1):
             return False
-        return all([isinstance(t, Tensor) and cuda.takes(t) for t in (*weights, *states)])
+        return all([isinstance(t, Tensor) and not t.is_meta for t in (*weights, *states)])
     if cell != "lstm":
         return True
     bias = len(weights) == 4 * sizes[2] * directions

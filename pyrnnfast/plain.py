@@ -68,8 +68,7 @@ def call(
             choice, problem = roads.eager(_spec(form, input_size, hidden_size, weights), input, hx, weights)
             by_torch = choice.by_torch
         if by_torch:
-            of_weights = input_size, hidden_size, form[1]
-            harmless = batch_sizes is None and obstacles.is_harmless(form[0], of_weights, *form[2:4], hx, weights)
+            harmless = batch_sizes is None and _is_harmless(form, input_size, hidden_size, hx, weights)
             return otherwise(input, hx) if harmless else None
     elif torch.is_autocast_enabled("cpu"):
         step = amp.plain_step(form[0], input, hx, weights) if form[3] else None
@@ -90,7 +89,10 @@ def call(
     operands = x, batch_sizes, weights, input_size, hidden_size, hx, torch.is_grad_enabled()
     found = profiled(form[0], "forward", run, PLAIN, form, *operands, *own)
     if found is None:
-        return None
+        # Those of the CPU do not have float16.
+        if problem is not None or batch_sizes is not None or x.dtype is not torch.float16 or x.is_meta:
+            return None
+        return otherwise(input, hx) if _is_harmless(form, input_size, hidden_size, hx, weights) else None
     results, kept = found
     if kept is not None:
         h0, c0 = hx if has_cell and hx is not None else (hx, None)
@@ -113,6 +115,11 @@ def call(
     if order is not None and order.shape != (states[0] if has_cell else states).shape[1:2]:
         return None
     return PackedSequence(y, batch_sizes, order, back), layers.permuted(states, back)
+
+
+def _is_harmless(form: Form, input_size: int, hidden_size: int, hx: Any, weights: tuple[Tensor, ...]) -> bool:
+    cell, count, directions, single_step, _ = form
+    return obstacles.is_harmless(cell, (input_size, hidden_size, count), directions, single_step, hx, weights)
 
 
 def _pass(problem: Problem | None, x: Tensor, back: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
