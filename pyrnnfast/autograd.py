@@ -1,4 +1,5 @@
-"""A recurrent layer as a differentiable function: the form of eager calls that plain.py does not take.
+"""A recurrent layer as a differentiable function: the form of eager calls that stack.py does not take, as those with
+masks or all cell states.
 
 The first derivative is :mod:`pyrnnfast.passes`; one that has to be differentiated itself goes through
 :mod:`pyrnnfast.reference`. Under torch.compile and torch.func other forms are at work: ops.py and transforms.py.
@@ -66,6 +67,13 @@ def beyond_kernels(grads: Sequence[Tensor | None]) -> bool:
         if g is not None and torch._C._functorch.is_legacy_batchedtensor(g):
             return True
     return False
+
+
+def savable(t: Tensor) -> Tensor:
+    """For backward, which takes no tensors of inference mode; a graph makes its own."""
+    if torch.compiler.is_compiling():
+        return t
+    return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
 
 
 def with_own_memory(t: Tensor | None) -> Tensor | None:

@@ -422,7 +422,7 @@ def backward(
 
 
 def plain_pass(x: Tensor, call: Problem, back: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """``_cuda``'s way of a plain call (plain.py) on the device of its input, and what it is given behind the operands.
+    """``_cuda``'s way of a plain call (stack.py) on the device of its input, and what it is given behind the operands.
 
     A backward pass has the path, and the TF32, that is asked for when it runs.
     """
@@ -459,26 +459,32 @@ def _pass(
     missing = _missing(loaded, index)
     if missing is not None:
         raise RuntimeError(f"pyrnnfast's kernels do not serve {x.device}: {missing}")
-    narrow = x.dtype is torch.float32 and tf32()
     weight_hh = weights[1]
     assert weight_hh is not None
+    layer = problem_of_layer(cell, x, batch_sizes, weight_hh.shape[1], len(weights) > 4, training)
+    return loaded.module, _form(loaded, table(), _asked, index, layer, back)[0], layer.tf32
+
+
+def problem_of_layer(
+    cell: str, x: Tensor, batch_sizes: Tensor | Tensors | None, hidden: int, bidirectional: bool, training: bool
+) -> Problem:
+    """What one layer is: of x [T, B, I], or [N, I] with batch sizes, or [B, I] of a step."""
     packed = isinstance(batch_sizes, Tensor)
     steps = len(batch_sizes) if isinstance(batch_sizes, Tensor) else 1 if x.dim() == 2 else x.shape[0]
     batch = int(batch_sizes[0]) if isinstance(batch_sizes, Tensor) else x.shape[-2]
-    layer = Problem(
+    return Problem(
         cell,
         training,
         dtype_name(x.dtype),
-        narrow,
+        x.dtype is torch.float32 and tf32(),
         steps,
         batch,
         x.shape[-1],
-        weight_hh.shape[1],
-        bidirectional=len(weights) > 4,
-        packed=packed,
-        padded=batch_sizes is not None and not packed,
+        hidden,
+        bidirectional,
+        packed,
+        batch_sizes is not None and not packed,
     )
-    return loaded.module, _form(loaded, table(), _asked, index, layer, back)[0], narrow
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:

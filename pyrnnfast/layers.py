@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import autograd, cuda, ops, segments, transforms
+from . import autograd, cuda, ops, segments, stack, transforms
+from .autograd import savable
 from .obstacles import Hidden, Spec, state_shape
 from .passes import Mask, Steps
 
 _LAYERS: dict[str, Callable[..., autograd.Outputs]] = {
-    "eager": autograd.layer,
+    "eager": stack.layer,
     "operators": ops.layer,
     "transforms": transforms.layer,
     "reference": autograd.reference_layer,
@@ -203,13 +204,6 @@ def _check_values(lengths: Tensor, steps: int) -> None:
         torch._assert_async(
             ((lengths >= 0) & (lengths <= steps)).all(), "lengths must be from 0 to T, the number of steps of the input"
         )
-
-
-def savable(t: Tensor) -> Tensor:
-    """For backward, which takes no tensors of inference mode; a graph makes its own."""
-    if torch.compiler.is_compiling():
-        return t
-    return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
 
 
 def _savable_input(input: Any) -> Any:

@@ -172,4 +172,4 @@ class _Node(torch.autograd.Function):
         return None, *(gradient if need else None for gradient, need in pairs)
 
 
-_apply = super(torch.autograd.Function, _Node).apply  # as in plain.py
+_apply = super(torch.autograd.Function, _Node).apply  # as in stack.py

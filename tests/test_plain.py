@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import pyrnnfast
-from pyrnnfast import _cpu
+from pyrnnfast import _cpu, plain
 
 
 def is_plain(c: Case) -> bool:
@@ -154,7 +154,16 @@ def test_functions_take_it_as_modules_do(case: Case, taken: list[bool], back: li
     assert taken == back == [True] * 4
 
 
-def test_functions_do_not_take_it_for_what_is_not_plain(taken: list[bool]) -> None:
+def test_functions_do_not_take_it_for_what_is_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[bool] = []
+    real = plain.call
+
+    def watched(*args: Any) -> Any:
+        result = real(*args)
+        taken.append(result is not None)
+        return result
+
+    monkeypatch.setattr(plain, "call", watched)
     module = torch.nn.LSTM(3, 5, 2)
     x, weights = torch.randn(4, 2, 3), list(module.parameters())
     for options in (
