@@ -32,11 +32,11 @@ inline constexpr size_t kPlainForwardOperands = 9, kPlainBackwardOperands = 12, 
 
 // Both have
 //
-//   types        of tensors that may be read
-//   form         (cell, layers, directions, single_step, batch_first), where `directions` are 1 or 2
-//   x            [T, B, I]; [B, T, I] with `batch_first`; [T, I] without a batch; [N, I] with batch_sizes; [B, I]: a
-//   step batch_sizes  None, or [T] weights      weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and
-//   direction
+// - types: of tensors that may be read
+// - form: (cell, layers, directions, single_step, batch_first), where `directions` are 1 or 2
+// - x: [T, B, I]; [B, T, I] with `batch_first`; [T, I] without a batch; [N, I] with batch_sizes; [B, I]: a step
+// - batch_sizes: None, or [T]
+// - weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction
 
 // And inputs, hidden, hx, grad. A pair. Where `grad` says that gradients are enabled and an operand asks for one: the
 // results y, h_n, c_n, or h, c, in a tuple, and in another what backward needs. Else what torch.nn's module, or its

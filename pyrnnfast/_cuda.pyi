@@ -39,6 +39,35 @@ def backward(
     form: str,
     tf32: bool,
 ) -> None: ...
+def forward_plain(
+    types: tuple[type, ...],
+    form: tuple[str, int, int, bool, bool],
+    x: object,
+    batch_sizes: object,
+    weights: tuple[object, ...],
+    inputs: int,
+    hidden: int,
+    hx: object,
+    grad: bool,
+    forms: tuple[str, ...],
+    tf32: bool,
+) -> tuple[Any, tuple[Tensor, ...] | None] | None: ...
+def backward_plain(
+    types: tuple[type, ...],
+    form: tuple[str, int, int, bool, bool],
+    x: object,
+    batch_sizes: object,
+    weights: tuple[object, ...],
+    needs: tuple[bool, ...],
+    h0: object,
+    c0: object,
+    y: object,
+    kept: tuple[object, ...],
+    upstream: tuple[object, ...],
+    dgates: bool,
+    forms: tuple[str, ...],
+    tf32: bool,
+) -> Tensors: ...
 def plan(
     device: dict[str, Any],
     backward: bool,

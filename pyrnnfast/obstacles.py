@@ -81,7 +81,7 @@ def _is_exporting() -> bool:
 
 
 def is_busy() -> bool:
-    """Whether torch's state asks for more than plain calls on plain CPU tensors: another :func:`form`, or a
+    """Whether torch's state asks for more than plain calls on plain tensors: another :func:`form`, or a
     :func:`recording_obstacle`. In half the time, of which a single step has little."""
     return (
         torch.compiler.is_compiling()  # first: Dynamo, which knows the answer, then traces nothing of the rest
@@ -278,8 +278,8 @@ def state_shape(spec: Spec, input: Tensor | PackedSequence) -> tuple[int, ...]:
 def is_harmless(
     cell: str, sizes: tuple[int, int, int], directions: int, single_step: bool, hx: Any, weights: tuple[Any, ...]
 ) -> bool:
-    """Whether :func:`guard` finds nothing, of a call with plain dense input that has memory: in a fraction of the time,
-    which a call that torch takes has to wait.
+    """Whether :func:`guard` finds nothing, of a call with dense input that is not on ``meta``: in a fraction of the
+    time, which a call that torch takes has to wait.
 
     Args:
         sizes: of the input, hidden, and the number of layers

@@ -42,6 +42,9 @@ def call(
         hx: None, or [layers·D, B, H] (without B when unbatched; of a step [B, H]), or of the LSTM a pair of them
         weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction
         otherwise: torch's own way to do it, given input and hx
+
+    Raises:
+        ValueError: as :func:`pyrnnfast.obstacles.check_packed`
     """
     cell = CELLS.get(form[0])
     if cell is None or obstacles.is_busy():
@@ -59,7 +62,12 @@ def call(
         elif form[3] or torch.is_autocast_enabled("cuda"):
             return None
         else:
-            choice, problem = roads.eager(stack.spec_of(form, input_size, hidden_size, weights), input, hx, weights)
+            runs = form[1] * form[2]
+            if len(weights) not in (2 * runs, 4 * runs) or type(weights[0]) not in PLAIN:
+                return None
+            spec = stack.spec_of(form, input_size, hidden_size, weights)
+            obstacles.check_packed(spec, "eager", input)
+            choice, problem = roads.eager(spec, input, hx, weights)
             by_torch = choice.by_torch
         if by_torch:
             harmless = batch_sizes is None and _is_harmless(form, input_size, hidden_size, hx, weights)

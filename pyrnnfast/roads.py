@@ -35,8 +35,6 @@ def road(
             return cuda.Choice("reference", "derivatives that the kernels do not have")
         if extras or isinstance(input, PackedSequence):
             return cuda.Choice("reference", "no kernel transforms sequences of different lengths")
-    if is_step_for_a_compiler(spec, input, hx, weights):
-        return cuda.Choice("torch", "the compiler fuses torch's own operators of a step")
     if device == "cpu":
         return cuda.Choice(FUSED, "served by pyrnnfast._cpu")
     obstacles.check_packed(spec, form, input)
@@ -62,16 +60,20 @@ _WEIGHTS_OF_A_SLOW_STEP = 3 << 18
 
 
 def is_step_for_a_compiler(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> bool:
-    """Whether torch.compile is at work on a cell on the CPU, of which it makes faster code by torch's operators."""
+    """Whether torch.compile is at work on a cell on the CPU, of which it makes faster code by torch's operators.
+
+    For modules, which have torch's way at hand: a graph cannot make a module for a call of the functional form.
+    """
     if not spec.single_step or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
     if device_type(weights) != "cpu" or obstacles.form(input) != "operators":
         return False
-    if spec.cell == "lstm" and isinstance(hx, Tensor):
-        return False  # obstacles.guard raises
+    cell = passes.CELLS.get(spec.cell)
+    if cell is None or (cell.has_cell and hx is not None and not (isinstance(hx, tuple) and len(hx) == 2)):
+        return False  # torch or obstacles.guard raise
     if torch.is_grad_enabled() and _asks_for_gradients(input, hx, weights):
         return True
-    count = passes.CELLS[spec.cell].gates * spec.hidden_size * (spec.input_size + spec.hidden_size)
+    count = cell.gates * spec.hidden_size * (spec.input_size + spec.hidden_size)
     return count < _WEIGHTS_OF_A_SLOW_STEP
 
 

@@ -96,6 +96,22 @@ def test_steps_are_the_compilers_where_it_is_faster() -> None:
             assert any("pyrnnfast" in name for name in found) is ours, (make, size, training, found)
 
 
+@pytest.mark.parametrize("name", ["rnn_cell", "gru_cell", "lstm_cell"])
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+def test_functional_steps(name: str, train: bool) -> None:
+    """They stay ours: there is no module of torch's to leave them to."""
+    kind = {"rnn_cell": "rnn_tanh"}.get(name, name.removesuffix("_cell"))
+    case = Case(kind, single_step=True)
+    module = case.module(pyrnnfast)
+    weights = list(module.parameters())
+
+    def call(x: Tensor, hx: Any) -> Any:
+        return getattr(functional, name)(x, hx, weights)
+
+    with torch.set_grad_enabled(train):
+        assert_same(case, torch.compile(call, backend="aot_eager", fullgraph=True), module, train=train)
+
+
 def test_exported_steps_are_ours() -> None:
     program = torch.export.export(pyrnnfast.GRUCell(3, 4), (torch.randn(2, 3),))
     assert "pyrnnfast.layer" in str(program.graph)

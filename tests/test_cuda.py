@@ -416,6 +416,27 @@ def test_what_torch_would_crash_on_raises_whoever_takes_the_call(fake: Fake) -> 
     assert fake.passes == []
 
 
+@pytest.mark.parametrize("path", [None, "cudnn", "step", "persistent"])
+@pytest.mark.parametrize("recorded", [False, True], ids=["no record", "recorded"])
+def test_bad_packed_input_and_weights(path: str | None, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is made of them before they have been looked at."""
+    install(monkeypatch, Fake(), of(row(0.5, shape=SHAPE, packed=True)) if recorded else None)
+    for cell in (pyrnnfast.GRU, pyrnnfast.LSTM):
+        for bad in ([], 3, [[3, 3]], [0, 6], [-1, 6], [3, 4], [3, 2], [7]):
+            packed = PackedSequence(torch.randn(6, 3), torch.tensor(bad, dtype=torch.int64))
+            with cuda.use(path), pytest.raises(ValueError, match=r"batch_sizes|Expected sequence length"):
+                cell(3, 5)(packed)
+    many, without = pyrnnfast.GRU(3, 5), pyrnnfast.GRU(3, 5)
+    many.num_layers = 10**6
+    without.weight_ih_l0 = None
+    with cuda.use(path):
+        before = cuda._forms_of_layers.cache_info().currsize
+        for wrong in (many, without):
+            with pytest.raises((RuntimeError, AttributeError, IndexError)):
+                wrong(torch.ones(4, 2, 3))
+        assert cuda._forms_of_layers.cache_info().currsize == before
+
+
 def test_memory_is_bounded() -> None:
     for remembered in (cuda._for_all, cuda._for_call, cuda._form, cuda._forms_of_layers, cuda._missing):
         assert (remembered.cache_info().maxsize or 1 << 30) <= 4096

@@ -73,8 +73,9 @@ int type_of(Dtype dtype) {
   }
 }
 
+// Not std::invalid_argument, by which the door says that a call is not what it has to be: this one runs already.
 int narrow(int64_t size) {
-  if (size > std::numeric_limits<int>::max()) throw std::invalid_argument("a size or a stride is beyond 32 bits");
+  if (size > std::numeric_limits<int>::max()) throw std::length_error("a size or a stride is beyond 32 bits");
   return static_cast<int>(size);
 }
 

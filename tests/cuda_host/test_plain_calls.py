@@ -78,6 +78,42 @@ def test_the_same_bits(case: Case, path: str, dtype: torch.dtype, installed: Cal
     assert all(torch.equal(t, general[name]) for name, t in alone.items())
 
 
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_each_layer_has_its_own_form(
+    frozen: int, installed: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back through time in the other order; and of layers that have no pass back, the forms are of no use."""
+    case = Case("gru", layers=3, bidirectional=True, inputs=7, hidden=5)
+
+    def form(loaded: Any, measured: Any, asked: Any, index: int, layer: Any, back: bool) -> tuple[str, str]:
+        return "persistent" if layer.inputs == 7 else "step", ""
+
+    monkeypatch.setattr(cuda, "_form", form)
+    cuda._forms_of_layers.cache_clear()
+
+    def once() -> list[torch.Tensor]:
+        layers = case.module(pyrnnfast)
+        for name, weight in layers.named_parameters():
+            weight.requires_grad_(all(f"_l{k}" not in name for k in range(frozen)))
+        y = layers(case.operands()[0].detach())[0]
+        return [y, *torch.autograd.grad(y.square().sum(), [w for w in layers.parameters() if w.requires_grad])]
+
+    with cuda.use("persistent"):
+        general_module = installed(plain=False)
+        general = once()
+        module = installed()
+        found = once()
+    cuda._forms_of_layers.cache_clear()
+    assert [form for _, form in general_module.calls] == ["persistent", "step", "step", "step", "step", "persistent"][
+        : 6 - frozen
+    ]
+    assert module.calls == [
+        ("forward_plain", ("persistent", "step", "step")),
+        ("backward_plain", ("step", "step", "persistent")),
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(found, general, strict=True))
+
+
 @pytest.mark.parametrize("path", ["step", "persistent"])
 def test_only_what_is_wanted(path: str, installed: Callable[..., Watched]) -> None:
     """Of a stack whose lower layer is frozen: that one has no pass back."""
