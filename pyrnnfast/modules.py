@@ -27,7 +27,7 @@ def _by_name(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
     A parameter is only ever there under its own name; asking for it directly is five times as fast as ``getattr``.
     """
     parameters = module._parameters
-    return [getattr(module, name) if parameters.get(name) is None else parameters[name] for name in names]
+    return [parameters[name] if name in parameters else getattr(module, name) for name in names]
 
 
 class _Ours(torch.nn.Module):
@@ -262,10 +262,13 @@ class _Cells(_Ours, torch.nn.RNNCellBase):
         raise NotImplementedError
 
     def _spec(self) -> Spec:
-        return Spec(self._kind(), self.input_size, self.hidden_size, bias=self.bias, single_step=True)
+        bias = len(self._weights()) == len(_CELL_WEIGHTS)
+        return Spec(self._kind(), self.input_size, self.hidden_size, bias=bias, single_step=True)
 
     def _weights(self) -> list[Tensor]:
-        return _by_name(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
+        # As torch's, by the biases themselves: what `bias` says after the constructor changes nothing.
+        found = _by_name(self, _CELL_WEIGHTS)
+        return found[:2] if found[2] is None and found[3] is None else found
 
 
 class RNNCell(_Cells, torch.nn.RNNCell):

@@ -653,3 +653,21 @@ def test_packed_frozen_features() -> None:
     y, _, _ = lstm(PackedSequence(data, torch.tensor([3, 2, 1])))
     y.data.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lstm.parameters())
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_a_cells_biases_are_those_that_it_has(name: str) -> None:
+    """Whatever `bias` says after the constructor, and one without the other."""
+    for bias in (True, False):
+        stock = getattr(torch.nn, name)(3, 5, bias=bias)
+        ours = pyrnnfast.replace(copy.deepcopy(stock))
+        x = torch.randn(2, 3)
+        for said in (not bias, bias):
+            stock.bias = ours.bias = said
+            assert pyrnnfast.explain(ours, x).path == "fused"
+            torch.testing.assert_close(ours(x), stock(x))
+    stock, ours = getattr(torch.nn, name)(3, 5), getattr(pyrnnfast, name)(3, 5)
+    ours.load_state_dict(stock.state_dict())
+    stock.bias_ih = ours.bias_ih = None
+    assert pyrnnfast.explain(ours, x).path == "torch"
+    torch.testing.assert_close(ours(x), stock(x))
