@@ -1,9 +1,9 @@
 // The forward pass: x W_ihᵀ and h W_hhᵀ, a tile at a time, and the cell's equations while the tile is in the first
 // cache.
 //
-// The input's product comes first, for all rows of a chunk of steps. Weights are packed before, or, of a single step,
-// a panel at a time where it is used; where there are only a few rows in all, both are dot products with weights read
-// where they lie.
+// The input's product comes first, for all rows of a chunk of steps. Weights are packed before, or, where each panel is
+// used once (W_hh of a single step, W_ih of a single chunk), a panel at a time as it is used; where there are only a
+// few rows in all, both are dot products with weights read where they lie.
 #pragma once
 
 #include "../activations.h"
@@ -35,6 +35,7 @@ struct ForwardPass {
 
   static bool packed(const Plan& plan) { return plan.hidden != Packing::in_place; }
   static bool at_use(const Plan& plan) { return plan.hidden == Packing::at_use; }
+  static bool input_at_use(const Plan& plan) { return plan.input == Packing::at_use; }
 
   // Gates of one row in the order of the tiles: [block][gate][unit].
   static int64_t gates_stride(const Forward& p) { return gates * padded<S>(p.hidden); }
@@ -48,10 +49,12 @@ struct ForwardPass {
     constexpr auto size = static_cast<int64_t>(sizeof(T)), narrow_size = static_cast<int64_t>(sizeof(Operand));
     const int64_t units = padded<S>(p.hidden);
     if (packed(plan)) {
-      const int64_t columns = at_use(plan) ? plan.threads * widest : gates_stride(p);
-      if (has_recurrent_product(p))
-        bytes[kPackedHidden] = (narrow(p) ? static_cast<int64_t>(sizeof(E)) : size) * packed_depth(p.hidden) * columns;
-      bytes[kPackedInput] = narrow_size * packed_depth(p.inputs) * columns;
+      const auto columns = [&](bool used_once) { return used_once ? plan.threads * widest : gates_stride(p); };
+      if (has_recurrent_product(p)) {
+        bytes[kPackedHidden] =
+            (narrow(p) ? static_cast<int64_t>(sizeof(E)) : size) * packed_depth(p.hidden) * columns(at_use(plan));
+      }
+      bytes[kPackedInput] = narrow_size * packed_depth(p.inputs) * columns(input_at_use(plan));
       bytes[kGates0] = size * plan.chunk_rows * gates_stride(p);
       if (!kSame<Operand, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
     }
@@ -64,10 +67,8 @@ struct ForwardPass {
     const Blocks own = blocks_to_pack(blocks(p.hidden), share);
     for (int64_t index = own.begin; index < own.end; ++index) {
       const Block b = block(p, index);
-      if (plan.hidden == Packing::before) {
-        if (has_recurrent_product(p)) pack_hidden(p, plan, b, share.rank);
-        pack_input(p, plan, b, share.rank);
-      }
+      if (plan.hidden == Packing::before && has_recurrent_product(p)) pack_hidden(p, plan, b, share.rank);
+      if (plan.input == Packing::before) pack_input(p, plan, b, share.rank);
       add_biases(p, plan, b);
     }
     const int64_t units = padded<S>(p.hidden);
@@ -188,15 +189,15 @@ struct ForwardPass {
 
   // Where a panel of so many elements for each column begins: a thread has room for one if it packs them as it uses
   // them.
-  static int64_t panel_offset(const Plan& plan, const Block& b, int64_t depth, int rank) {
-    return packed_depth(depth) * (at_use(plan) ? rank * widest : gates_offset(b));
+  static int64_t panel_offset(bool used_once, const Block& b, int64_t depth, int rank) {
+    return packed_depth(depth) * (used_once ? rank * widest : gates_offset(b));
   }
   template <class P>
   static P* hidden_panel(const Forward& p, const Plan& plan, const Block& b, int rank) {
-    return region<P>(plan, kPackedHidden) + panel_offset(plan, b, p.hidden, rank);
+    return region<P>(plan, kPackedHidden) + panel_offset(at_use(plan), b, p.hidden, rank);
   }
   static Operand* input_panel(const Forward& p, const Plan& plan, const Block& b, int rank) {
-    return region<Operand>(plan, kPackedInput) + panel_offset(plan, b, p.inputs, rank);
+    return region<Operand>(plan, kPackedInput) + panel_offset(input_at_use(plan), b, p.inputs, rank);
   }
   static void pack_hidden(const Forward& p, const Plan& plan, const Block& b, int rank) {
     const auto pack = [&](auto* panel) {
@@ -278,7 +279,7 @@ struct ForwardPass {
   }
 
   static bool by_units(const Forward& p, const Plan& plan, const Share& share) {
-    return at_use(plan) || padded<S>(p.hidden) % (share.members * unit_vectors * S::lanes) == 0;
+    return input_at_use(plan) || padded<S>(p.hidden) % (share.members * unit_vectors * S::lanes) == 0;
   }
 
   static void input_products(const Forward& p, const Plan& plan, const Chunk& chunk, const Rows* parts, int count,
@@ -290,12 +291,12 @@ struct ForwardPass {
     for (int64_t index = all_rows ? share.block_begin : 0; index < last_block; ++index) {
       const Block b = block(p, index);
       const int width = gates * b.vectors * S::lanes;
-      if (at_use(plan)) pack_input(p, plan, b, share.rank);
+      if (input_at_use(plan)) pack_input(p, plan, b, share.rank);
       for (int64_t k = 0; k < p.inputs; k += kDepth) {
         const int64_t depth = p.inputs - k < kDepth ? p.inputs - k : kDepth;
         // The next panel lies behind this one.
         const Operand* data = input_panel(p, plan, b, share.rank) + k * width;
-        const bool is_last = (index + 1 == last_block || at_use(plan)) && k + depth == p.inputs;
+        const bool is_last = (index + 1 == last_block || input_at_use(plan)) && k + depth == p.inputs;
         const Panel<Operand> panel{data, width, is_last ? nullptr : data + depth * width};
         for (int i = 0; i < count; ++i) {
           const Rows part = all_rows ? parts[i] : own_part(parts[i], i, count, share);

@@ -216,7 +216,7 @@ int64_t chunk_rows_of(const Problem& p, int64_t wanted) {
 
 // `groups`: of rows (groups_of). Bits depend on whether weights are packed, so that must not depend on the threads;
 // when they are may.
-Plan make_plan(const Forward& p, const InstructionSet& isa, const Kernel<Forward>&, int groups, int threads) {
+Plan make_plan(const Forward& p, const InstructionSet& isa, const Kernel<Forward>& kernel, int groups, int threads) {
   const int64_t rows = p.offsets[p.steps];
   // A first step without a state has no recurrent product: half as much to add up for each row.
   const int64_t depth = p.steps > 1 || p.h0.data != nullptr ? p.inputs + p.hidden : 2 * p.inputs;
@@ -227,10 +227,12 @@ Plan make_plan(const Forward& p, const InstructionSet& isa, const Kernel<Forward
   Plan plan{};
   plan.threads = threads;
   if (rows > unpacked_rows.or_else(few)) plan.hidden = p.steps == 1 && groups == 1 ? Packing::at_use : Packing::before;
-  plan.input = plan.hidden;
   // Few, so that the chunk stays in the second cache; more where W_ih itself has to come from far away for each chunk.
   const bool far = widths_of(p.cell).gates * p.hidden * p.inputs >= (int64_t{2} << 20);
   plan.chunk_rows = chunk_rows_of(p, chunk_rows.or_else(far ? 512 : 128));
+  // In a single chunk each panel of W_ih is used once.
+  const bool once = plan.chunk_rows == rows && groups == 1 && kernel.blocks(p.hidden) % threads == 0;
+  plan.input = plan.hidden == Packing::before && once ? Packing::at_use : plan.hidden;
   return plan;
 }
 
