@@ -44,13 +44,13 @@ class Loop(torch.nn.Module):
         return found
 
 
-def unrolled(loop: Any, x: Tensor, mode: str, dtype: str) -> list[Tensor]:
+def unrolled(loop: torch.nn.Module, x: Tensor, mode: str, dtype: str) -> list[Tensor]:
     """The last output and, in training, the gradients of the weights."""
     training = mode == "training"
     autocast = torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
     with torch.set_grad_enabled(training):
         with autocast:
-            output = loop(x)
+            output: Tensor = loop(x)
         if training:
             return [output, *torch.autograd.grad(output, list(loop.parameters()), torch.ones_like(output))]
     return [output]

@@ -207,7 +207,7 @@ def _operands_obstacle(spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) 
     return None
 
 
-def agree(spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) -> bool:
+def _agree(spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) -> bool:
     """Whether nothing is wrong with the operands: :func:`_operands_obstacle` in a tenth of the time, and memory too."""
     packed = isinstance(input, PackedSequence) and not spec.single_step
     data = input.data if packed else input
@@ -253,7 +253,7 @@ def obstacle(
         return "a projection (proj_size) is left to torch"
     if asked != "eager":
         return _operands_obstacle(spec, input, hx, weights)
-    if agree(spec, input, hx, weights):
+    if _agree(spec, input, hx, weights):
         return None
     return _operands_obstacle(spec, input, hx, weights) or "an operand has no memory of its own"
 
@@ -275,27 +275,19 @@ def state_shape(spec: Spec, input: Tensor | PackedSequence) -> tuple[int, ...]:
     return (*lead, batch, spec.hidden_size)
 
 
-def is_harmless(
-    cell: str, sizes: tuple[int, int, int], directions: int, single_step: bool, hx: Any, weights: tuple[Any, ...]
-) -> bool:
+def is_harmless(spec: Spec, hx: Any, weights: tuple[Any, ...]) -> bool:
     """Whether :func:`guard` finds nothing, of a call with dense input that is not on ``meta``: in a fraction of the
-    time, which a call that torch takes has to wait.
-
-    Args:
-        sizes: of the input, hidden, and the number of layers
-    """
-    if single_step:
-        states = () if hx is None else hx if cell == "lstm" else (hx,)
-        if not isinstance(states, tuple) or len(states) != (0 if hx is None else 2 if cell == "lstm" else 1):
+    time, which a call that torch takes has to wait."""
+    lstm = spec.cell == "lstm"
+    if spec.single_step:
+        states = () if hx is None else hx if lstm else (hx,)
+        if not isinstance(states, tuple) or len(states) != (0 if hx is None else 2 if lstm else 1):
             return False
         return all([isinstance(t, Tensor) and not t.is_meta for t in (*weights, *states)])
-    if cell != "lstm":
+    if not lstm:
         return True
-    bias = len(weights) == 4 * sizes[2] * directions
-    if not bias and len(weights) != 2 * sizes[2] * directions:
-        return False
     shapes = tuple([w.shape for w in weights if isinstance(w, Tensor)])
-    return shapes == _known_weight_shapes(cell, *sizes, bias, directions)
+    return len(weights) == spec.weights and shapes == _known_weight_shapes(*spec.sizes)
 
 
 def guard(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> None:

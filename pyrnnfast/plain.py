@@ -57,20 +57,18 @@ def call(
             return None
     weights = tuple(weights)
     if cuda.takes(x):
-        if roads.are_all_torchs(x, form[3]):
-            by_torch = True
-        elif form[3] or torch.is_autocast_enabled("cuda"):
-            return None
-        else:
-            runs = form[1] * form[2]
-            if len(weights) not in (2 * runs, 4 * runs) or type(weights[0]) not in PLAIN:
+        spec = stack.spec_of(form, input_size, hidden_size, weights)
+        by_torch = roads.are_all_torchs(x, form[3])
+        if not by_torch:
+            if form[3] or torch.is_autocast_enabled("cuda"):
                 return None
-            spec = stack.spec_of(form, input_size, hidden_size, weights)
+            if len(weights) != spec.weights or type(weights[0]) not in PLAIN:
+                return None
             obstacles.check_packed(spec, "eager", input)
-            choice, problem = roads.eager(spec, input, hx, weights)
-            by_torch = choice.by_torch
+            problem = roads.problem(spec, input, hx, weights)
+            by_torch = cuda.choose(x, problem, None).by_torch
         if by_torch:
-            harmless = batch_sizes is None and _is_harmless(form, input_size, hidden_size, hx, weights)
+            harmless = batch_sizes is None and obstacles.is_harmless(spec, hx, weights)
             return otherwise(input, hx) if harmless else None
     elif torch.is_autocast_enabled("cpu"):
         step = amp.plain_step(form[0], input, hx, weights) if form[3] else None
@@ -92,15 +90,11 @@ def call(
         # Those of the CPU do not have float16.
         if problem is not None or batch_sizes is not None or x.dtype is not torch.float16 or x.is_meta:
             return None
-        return otherwise(input, hx) if _is_harmless(form, input_size, hidden_size, hx, weights) else None
+        spec = stack.spec_of(form, input_size, hidden_size, weights)
+        return otherwise(input, hx) if obstacles.is_harmless(spec, hx, weights) else None
     if batch_sizes is None:
         return results if rounded_to is None else results.to(rounded_to)
     y, states = results
     if order is not None and order.shape != (states[0] if has_cell else states).shape[1:2]:
         return None
     return PackedSequence(y, batch_sizes, order, back), layers.permuted(states, back)
-
-
-def _is_harmless(form: Form, input_size: int, hidden_size: int, hx: Any, weights: tuple[Tensor, ...]) -> bool:
-    cell, count, directions, single_step, _ = form
-    return obstacles.is_harmless(cell, (input_size, hidden_size, count), directions, single_step, hx, weights)

@@ -47,7 +47,8 @@ def road(
     if in_graph:
         choice = cuda.choose_for_graph(weights[0])
     else:
-        choice, _ = eager(spec, input, hx, weights, bool(extras), ours_alone)
+        settled = cuda.choose_for_all(weights[0])
+        choice = settled or cuda.choose(weights[0], problem(spec, input, hx, weights, bool(extras)), ours_alone)
     if choice.ours or ours_alone is None:
         return choice
     return cuda.Choice("reference", f"torch's layers have no {ours_alone}, and {choice.reason}")
@@ -86,27 +87,6 @@ def _are_steps_torchs() -> bool:
 def are_all_torchs(x: Tensor, single_step: bool) -> bool:
     """Whether every eager call of layers, or of cells, is torch's on the CUDA device of x."""
     return _are_steps_torchs() if single_step else cuda.choose_for_all(x) is not None
-
-
-def eager(
-    spec: Spec,
-    input: Any,
-    hx: Any,
-    weights: Sequence[Tensor],
-    padded: bool = False,
-    ours_alone: str | None = None,
-) -> tuple[cuda.Choice, Problem | None]:
-    """The road of an eager call on CUDA, and what the call is, where the road follows from that.
-
-    Args:
-        padded: with lengths or resets
-        ours_alone: what is asked for that torch's layers do not have, so that any record will do
-    """
-    choice = cuda.choose_for_all(weights[0])
-    if choice is not None:
-        return choice, None
-    call = problem(spec, input, hx, weights, padded)
-    return cuda.choose(weights[0], call, ours_alone), call
 
 
 def _is_symbolic(input: Any) -> bool:

@@ -109,7 +109,7 @@ def install(
     """Until the end of the test. The CPU's own shortest road is closed, and nothing is measured but ``table``."""
     loaded = cuda.Loaded(module, "80;90;120+PTX", (DEVICE,), reason)
     measured = Table([]) if table is None else table
-    agree = obstacles.agree
+    agree = obstacles._agree
 
     def agree_on_half(*call: Any) -> bool:
         """The kernels of the CPU, which are asked there, do not know float16."""
@@ -117,7 +117,7 @@ def install(
         half = bool(weights) and _is_half(weights[0]) and not torch._C._are_functorch_transforms_active()
         return agree(*call) or (half and obstacles._operands_obstacle(*call) is None)
 
-    monkeypatch.setattr(obstacles, "agree", agree_on_half)
+    monkeypatch.setattr(obstacles, "_agree", agree_on_half)
     monkeypatch.setattr(cuda, "takes", lambda t: t.is_cpu)
     monkeypatch.setattr(cuda, "load", lambda: loaded)
     monkeypatch.setattr(cuda, "table", lambda: measured)

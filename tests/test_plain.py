@@ -49,19 +49,24 @@ ALL_FORMS = [
 ]
 
 
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each time that the road is tried, whether it leads anywhere."""
+def watched(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[bool]:
+    """For each call of a function from now on, whether it gives anything."""
     found: list[bool] = []
-    real = _cpu.forward_plain
+    real = getattr(owner, name)
 
-    def watched(*args: Any) -> Any:
+    def watch(*args: Any) -> Any:
         result = real(*args)
         found.append(result is not None)
         return result
 
-    monkeypatch.setattr(_cpu, "forward_plain", watched)
+    monkeypatch.setattr(owner, name, watch)
     return found
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each time that the road is tried, whether it leads anywhere."""
+    return watched(monkeypatch, _cpu, "forward_plain")
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -103,16 +108,7 @@ def test_plain_calls_take_it_and_get_the_same_bits(case: Case, dtype: torch.dtyp
 @pytest.fixture
 def back(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """The same of the road back."""
-    found: list[bool] = []
-    real = _cpu.backward_plain
-
-    def watched(*args: Any) -> Any:
-        result = real(*args)
-        found.append(result is not None)
-        return result
-
-    monkeypatch.setattr(_cpu, "backward_plain", watched)
-    return found
+    return watched(monkeypatch, _cpu, "backward_plain")
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
@@ -155,15 +151,7 @@ def test_functions_take_it_as_modules_do(case: Case, taken: list[bool], back: li
 
 
 def test_functions_do_not_take_it_for_what_is_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[bool] = []
-    real = plain.call
-
-    def watched(*args: Any) -> Any:
-        result = real(*args)
-        taken.append(result is not None)
-        return result
-
-    monkeypatch.setattr(plain, "call", watched)
+    taken = watched(monkeypatch, plain, "call")
     module = torch.nn.LSTM(3, 5, 2)
     x, weights = torch.randn(4, 2, 3), list(module.parameters())
     for options in (

@@ -39,7 +39,7 @@ enum class Packing {
 
 // What schedule.cpp has decided about a call, and where its regions stand.
 struct Plan {
-  Packing hidden, input;  // of W_hh and W_ih; forward they differ at most in when
+  Packing hidden, input;  // of W_hh and W_ih; forward both are packed, or neither
   int64_t chunk_rows;     // at most so many rows in a chunk of steps, unless one step has more
   int threads;
   void* region[kRegions];
