@@ -34,7 +34,7 @@ def call(
     """
     if not spec.single_step and layers.is_jagged(input):
         return layers.run_jagged(spec, input, hx, extras, lambda x, first: call(spec, x, first, weights, otherwise))
-    if extras and layers.is_empty_batch(spec, input):
+    if extras.given and layers.is_empty_batch(spec, input):
         extras = NO_EXTRAS  # no sequence has a length
     device = roads.device_type(weights)
     autocast = torch.is_autocast_enabled(device)
@@ -44,12 +44,12 @@ def call(
     reason = obstacles.recording_obstacle()
     if reason is None:
         road = roads.road(device, spec, form, input, hx, weights, extras)
-        if road.by_torch and not extras:
+        if road.by_torch and not extras.given:
             reason = road.reason  # without asking what it would not need
         else:
             operands, reason = _served(device, spec, form, input, hx, weights)
     if road is None or reason is not None:
-        if extras or spec.cell_states:
+        if extras.given or spec.cell_states:
             raise ValueError(f"torch has no lengths, reset or cell_states, and {reason}")
         obstacles.guard(spec, input, hx, weights)
         return otherwise(input, hx)

@@ -34,7 +34,9 @@ class Extras(NamedTuple):
     lengths: Tensor | None = None
     reset: Tensor | None = None
 
-    def __bool__(self) -> bool:
+    # Not __bool__: torch 2.11's compiler cannot ask a tuple for that.
+    @property
+    def given(self) -> bool:
         return self.lengths is not None or self.reset is not None
 
 
@@ -62,7 +64,7 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
     Args:
         asked: the form of a layer, see :func:`pyrnnfast.obstacles.form`, or ``"reference"``
     """
-    if extras:
+    if extras.given:
         _check(extras, input, spec.batch_first)
     if torch.is_grad_enabled():
         input = _savable_input(input)
@@ -80,9 +82,9 @@ def run(spec: Spec, asked: str, input: Any, hx: Hidden, weights: Sequence[Tensor
         batched = spec._replace(batch_first=False)
         found = _as_a_batch(lambda x, h, own: run(batched, asked, x, h, weights, own), input, hx, extras)
         return _apart(asked, found)
-    if extras and (asked == "reference" or cuda.takes(input)):
+    if extras.given and (asked == "reference" or cuda.takes(input)):
         return _run_masked(spec, asked, input, hx, weights, extras)
-    if extras and not (asked == "eager" and _is_plain(extras, input.shape[1 if spec.batch_first else 0])):
+    if extras.given and not (asked == "eager" and _is_plain(extras, input.shape[1 if spec.batch_first else 0])):
         return _run_segments(spec, asked, input, hx, extras, lambda x, h: run(spec, asked, x, h, weights, NO_EXTRAS))
     dense = _run_layers(spec, asked, input.transpose(0, 1) if spec.batch_first else input, None, hx, weights)
     if not spec.batch_first:
@@ -233,7 +235,7 @@ def run_jagged(spec: Spec, input: Any, hx: Any, extras: Extras, call: Callable[[
         What ``call`` does, with the output, and all cell states, as nested tensors that share the ragged dimension of
         the input.
     """
-    if extras:
+    if extras.given:
         raise ValueError("lengths and reset are for padded input; a nested tensor has its own lengths")
     packed, first, found = pack_jagged(spec, input, hx)
     output, states, *cells = call(packed, first)

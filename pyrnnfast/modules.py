@@ -138,7 +138,7 @@ class _Layers(_Ours, torch.nn.RNNBase):
         extras = _extras(given) if given else NO_EXTRAS
         if type(input) in plain.INPUTS:
             suits = plain.suits(self.num_layers, self.dropout, self.training, self.proj_size, self.cell_states)
-            if suits and not extras:
+            if suits and not extras.given:
                 form = self.mode.lower(), self.num_layers, 2 if self.bidirectional else 1, False, self.batch_first
                 found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights, super().forward)
                 if found is not None:

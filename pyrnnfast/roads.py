@@ -33,7 +33,7 @@ def road(
     if form == "transforms":
         if not transforms.on_kernels():
             return cuda.Choice("reference", "derivatives that the kernels do not have")
-        if extras or isinstance(input, PackedSequence):
+        if extras.given or isinstance(input, PackedSequence):
             return cuda.Choice("reference", "no kernel transforms sequences of different lengths")
     if device == "cpu":
         return cuda.Choice(FUSED, "served by pyrnnfast._cpu")
@@ -41,14 +41,16 @@ def road(
     if spec.single_step and _are_steps_torchs():
         return cuda.Choice("torch", "a step by ours was not measured against torch's own")
     # Where operators are recorded, the values of lengths and resets are not known, and sizes perhaps neither.
-    unknown = form == "operators" and (bool(extras) or _is_symbolic(input))
+    unknown = form == "operators" and (extras.given or _is_symbolic(input))
     in_graph = form == "transforms" or torch.compiler.is_compiling() or unknown
-    ours_alone = "cell_states" if spec.cell_states else "lengths or reset in a graph" if extras and in_graph else None
+    ours_alone = "cell_states" if spec.cell_states else None
+    if extras.given and in_graph and ours_alone is None:
+        ours_alone = "lengths or reset in a graph"
     if in_graph:
         choice = cuda.choose_for_graph(weights[0])
     else:
         settled = cuda.choose_for_all(weights[0])
-        choice = settled or cuda.choose(weights[0], problem(spec, input, hx, weights, bool(extras)), ours_alone)
+        choice = settled or cuda.choose(weights[0], problem(spec, input, hx, weights, extras.given), ours_alone)
     if choice.ours or ours_alone is None:
         return choice
     return cuda.Choice("reference", f"torch's layers have no {ours_alone}, and {choice.reason}")
@@ -65,7 +67,8 @@ def is_step_for_a_compiler(spec: Spec, input: Any, hx: Any, weights: Sequence[Te
 
     For modules, which have torch's way at hand: a graph cannot make a module for a call of the functional form.
     """
-    if not spec.single_step or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    # Not is_exporting(): in torch 2.11 that is always so while the compiler is at work.
+    if not spec.single_step or not torch.compiler.is_compiling() or torch.compiler._is_exporting_flag:
         return False
     if device_type(weights) != "cpu" or obstacles.form(input) != "operators":
         return False
