@@ -956,3 +956,14 @@ def test_the_table_in_the_readme_is_of_the_record() -> None:
 )
 def test_names_of_kernels(kernel: str, name: str) -> None:
     assert profile._name(kernel).startswith(name)
+
+
+@pytest.mark.parametrize("mode", rows.MODES)
+def test_what_does_nothing_has_the_operands_and_the_results_of_a_layer(mode: str) -> None:
+    row = Row("gru", mode, (5, 3, 4, 6), "float32")
+    layer = rows.module(row, False, "cpu")
+    x = rows.input_of(row, next(layer.parameters()))
+    with torch.set_grad_enabled(mode == "training"):
+        expected = rows.step(row, layer, x)()
+        found = rows.step(row, profile.DoesNothing(layer, x), x)()
+    assert [t.shape for t in found] == [t.shape for t in expected]

@@ -1,8 +1,9 @@
 """Where the time of our calls goes on the card: ``python -m benchmarks.gpu.profile [--cell lstm] [--dtype bf16] …``
 
 For every shape and mode, a line of JSON: the host's time to issue a call, the card's time from end to end, and of each
-kernel (cuBLAS's together) how often it ran and for how long; of the persistent ones also for each step. No comparison;
-that is `bench`.
+kernel (cuBLAS's together) how often it ran and for how long; of the persistent ones also for each step. Beside the
+host's time that of torch.nn's layer (cuDNN), and that of a differentiable function with the same operands which does
+nothing: what is torch's own in it, and cannot be saved. No comparison; that is `bench`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyrnnfast import cuda
 
@@ -33,7 +35,32 @@ def _name(kernel: str) -> str:
     return kernel.split("<")[0][:40] if kernel.startswith(("Mem", "void at::")) else "product"
 
 
-def profile(row: Row, call: Step) -> dict[str, Any]:
+class _Nothing(torch.autograd.Function):
+    """y = nothing(y, x, *weights), and the gradients of x and the weights are x and the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*leaves)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.saved_tensors
+
+
+class DoesNothing(torch.nn.Module):
+    """In the place of a layer, with its parameters."""
+
+    def __init__(self, layer: torch.nn.Module, x: Any) -> None:
+        super().__init__()
+        self.weights, self.y = torch.nn.ParameterList(layer.parameters()), layer(x)[0].detach()
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (_Nothing.apply(self.y, x, *self.weights),)
+
+
+def host_us(call: Step) -> float:
+    """From an idle card."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -43,7 +70,11 @@ def profile(row: Row, call: Step) -> dict[str, Any]:
         call()
         issued.append(time.perf_counter() - begin)
         torch.cuda.synchronize()
-    result: dict[str, Any] = {"host_us": round(sorted(issued)[3] * 1e6, 1)}
+    return round(sorted(issued)[3] * 1e6, 1)
+
+
+def profile(row: Row, call: Step) -> dict[str, Any]:
+    result: dict[str, Any] = {"host_us": host_us(call)}
     result["call_us"] = round(1e3 * milliseconds(call, 20), 1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         for _ in range(_CALLS):
@@ -87,7 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with precision(row.tf32), torch.set_grad_enabled(mode == "training"), cuda.use(options.path):
             ours = module(row, True)
             x = input_of(row, next(ours.parameters()))
-            print(json.dumps({"row": str(row)} | profile(row, step(row, ours, x))), flush=True)
+            found = profile(row, step(row, ours, x))
+            stock = module(row, False)
+            found["torch_host_us"] = host_us(step(row, stock, x))
+            found["nothing_host_us"] = host_us(step(row, DoesNothing(stock, x), x))
+            print(json.dumps({"row": str(row)} | found), flush=True)
 
 
 if __name__ == "__main__":
