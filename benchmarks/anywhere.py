@@ -24,16 +24,15 @@ import pyrnnfast
 from . import __main__, record
 from .__main__ import difference
 from .rows import CELLS, MODES
+from .rows import DTYPES as TABLE_DTYPES
 from .targets import LEAST, mean
 from .timing import Watch, thread_count, turn_by_turn, undisturbed
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = TABLE_DTYPES | {"float64": torch.float64}
 
-# As of one layer, but for bfloat16, which torch rounds at every step of up to three.
-TOLERANCE = __main__.TOLERANCE | {
-    "float64": 2**10 * torch.finfo(torch.float64).eps,
-    "bfloat16": 2**5 * torch.finfo(torch.bfloat16).eps,
-}
+# As of one layer, but for narrow dtypes, which torch rounds at every step of up to three.
+TOLERANCE = {name: (1 if name == "float32" else 2) * value for name, value in __main__.TOLERANCE.items()}
+TOLERANCE["float64"] = 2**10 * torch.finfo(torch.float64).eps
 
 MOST_OPERATIONS = 5e9  # of a call's products: longer ones are bound by what `python -m benchmarks` measures
 
@@ -72,7 +71,7 @@ def draw(seed: int, threads: int) -> Iterator[Call]:
             rng.choice(MODES),
             form,
             (size(1, 500), batch, rng.choice([hidden, size(1, 1100)]), hidden),
-            rng.choice(["float32"] * 5 + ["float64", "bfloat16"]),
+            rng.choice(["float32"] * 5 + ["float64", "bfloat16", "float16"]),
             rng.choice([1, threads]),
             rng.random() < 0.3,
             {

@@ -14,7 +14,7 @@ A training step has three times the products of inference: forward, the gradient
 
 from typing import NamedTuple, Protocol
 
-from .rows import Row
+from .rows import DTYPES, Row
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
@@ -37,8 +37,6 @@ POINTWISE = {
     "gru": (Pass(2, 1, 0), Pass(0, 0, 3)),
     "rnn": (Pass(0, 1, 0), Pass(0, 0, 1)),
 }
-
-_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class Speeds(Protocol):
@@ -71,7 +69,7 @@ def limit(row: Row, machine: Speeds) -> float:
     units = row.layers * row.directions * sum(batch_sizes) * hidden
     for part in POINTWISE[row.cell][: 2 if training else 1]:
         seconds += units * _pointwise(part, machine) / row.threads
-    saved = units * SAVED[row.cell] * _BYTES[row.dtype] if training else 0
+    saved = units * SAVED[row.cell] * DTYPES[row.dtype].itemsize if training else 0
     if saved:
         seconds += saved / machine.write(row.threads, saved) + saved / machine.read(row.threads, saved)
     return seconds
@@ -84,7 +82,7 @@ def _flops(row: Row, rows: int, width: int) -> float:
 
 def _product(row: Row, machine: Speeds, rows: int, width: int) -> float:
     """Seconds of that product, at the lesser of the peak and the speed of reading the weights."""
-    weights = GATES[row.cell] * row.shape[3] * width * _BYTES[row.dtype]
+    weights = GATES[row.cell] * row.shape[3] * width * DTYPES[row.dtype].itemsize
     return max(
         _flops(row, rows, width) / machine.peak(row.threads, row.dtype), weights / machine.read(row.threads, weights)
     )

@@ -45,7 +45,7 @@ class Machine:
     def peak(self, threads: int, dtype: str) -> float:
         """FLOP/s of matrix products: the best of all that are at hand.
 
-        In bfloat16 no less than in float32, to which a kernel may widen its operands.
+        In narrow dtypes no less than in float32, to which a kernel may widen its operands.
         """
         products = [(name, kind) for kind in {dtype, "float32"} for name in _PRODUCTS[kind]]
         return 1e9 * max(
@@ -88,7 +88,11 @@ def _torch(a: Tensor, b: Tensor) -> Callable[[], object]:
     return lambda: torch.mm(a, b)
 
 
-_PRODUCTS = {"float32": {"torch.mm": _torch, "oneDNN": _onednn, "ours": _ours}, "bfloat16": {"torch.mm": _torch}}
+_PRODUCTS = {
+    "float32": {"torch.mm": _torch, "oneDNN": _onednn, "ours": _ours},
+    "bfloat16": {"torch.mm": _torch},
+    "float16": {"torch.mm": _torch},
+}
 
 
 def _peak(name: str, dtype: str, threads: int) -> float:

@@ -25,7 +25,7 @@ Step = Callable[[], list[Tensor]]
 CELLS = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}
 _SINGLE_STEPS = {"lstm": torch.nn.LSTMCell, "gru": torch.nn.GRUCell, "rnn": torch.nn.RNNCell}
 MODES = ("inference", "training")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SHAPES: dict[str, tuple[Shape, ...]] = {
     # One layer, dense: the ten shapes over which the geometric means are taken.

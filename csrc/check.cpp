@@ -32,7 +32,7 @@ void require_present(const Operand& o, const char* name) {
 
 enum class Need { always, optional, never };
 
-Dtype dtype_of(const Operand& o, const char* name, const Rules& rules) {
+Dtype dtype_of(const Operand& o, const char* name) {
   switch (o.type) {
     case ElementType::float32:
       return Dtype::float32;
@@ -41,10 +41,9 @@ Dtype dtype_of(const Operand& o, const char* name, const Rules& rules) {
     case ElementType::bfloat16:
       return Dtype::bfloat16;
     case ElementType::float16:
-      if (rules.float16) return Dtype::float16;
-      [[fallthrough]];
+      return Dtype::float16;
     default:
-      fail(name, " must be a float32, float64", rules.float16 ? ", bfloat16 or float16" : " or bfloat16", " tensor");
+      fail(name, " must be a float32, float64, bfloat16 or float16 tensor");
   }
 }
 
@@ -222,7 +221,7 @@ Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Ru
   const Widths& w = widths_of(kind);
   require_rows(o.x, "x");
   require_rows(o.y, "y");
-  const Dtype dtype = dtype_of(o.x, "x", rules);
+  const Dtype dtype = dtype_of(o.x, "x");
   const Door door(o.x.type, o.x, rules), cells_door = door_of_cells(o.x, rules);
   const auto D = static_cast<int64_t>(o.weights.size()) / 4;
   if (!(D * 4 == static_cast<int64_t>(o.weights.size()) && (D == 1 || D == 2)))
@@ -364,7 +363,7 @@ Checked<Backward> check_weight_gradients(const std::string& cell, const Operand&
   if (dweights.size() != 4) fail("dweights must be four, got " + std::to_string(dweights.size()));
   Backward p;
   p.cell = kind;
-  p.dtype = dtype_of(x, "x", kCpuRules);
+  p.dtype = dtype_of(x, "x");
   p.dgates_given = true;
   const int64_t N = x.shape[0];
   if (N <= 0) fail("x has no rows");
@@ -399,8 +398,8 @@ Product check_outer_products(const Operand& a, const Operand& b, const Operand& 
     if (operands[i]->dimensions != 3) fail(names[i], ": expected three dimensions, got " + shape_text(*operands[i]));
   }
   Product p;
-  p.dtype = dtype_of(a, "a", kCpuRules);
-  if (p.dtype == Dtype::bfloat16) fail("a must be a float32 or float64 tensor");
+  p.dtype = dtype_of(a, "a");
+  if (bytes_of(p.dtype) == 2) fail("a must be a float32 or float64 tensor");
   p.transposed = true;
   p.samples = a.shape[0];
   p.depth = a.shape[1];
@@ -425,8 +424,8 @@ Product check_product(const Operand& a, const Operand& b, const Operand& out) {
   require_rows(a, "a");
   require_rows(b, "b");
   Product p;
-  p.dtype = dtype_of(a, "a", kCpuRules);
-  if (p.dtype == Dtype::bfloat16) fail("a must be a float32 or float64 tensor");
+  p.dtype = dtype_of(a, "a");
+  if (bytes_of(p.dtype) == 2) fail("a must be a float32 or float64 tensor");
   p.rows = a.shape[0];
   p.depth = a.shape[1];
   p.columns = b.shape[1];

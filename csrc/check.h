@@ -17,10 +17,9 @@ enum class Memory { cpu, cuda, other };
 // Which operands the kernels behind this door take.
 struct Rules {
   Memory memory;
-  bool float16;
   bool masks;  // lengths and resets
 };
-inline constexpr Rules kCpuRules{Memory::cpu, false, false}, kCudaRules{Memory::cuda, true, true};
+inline constexpr Rules kCpuRules{Memory::cpu, false}, kCudaRules{Memory::cuda, true};
 
 // Of the types that the kernels know.
 int64_t bytes_of(ElementType type);

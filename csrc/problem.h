@@ -13,8 +13,7 @@ namespace pyrnnfast {
 enum class CellKind { rnn_tanh, rnn_relu, gru, lstm };
 // Of the operands in memory. What is computed with, and the running cell state, is float32 where they are narrower.
 enum class Dtype { float32, float64, bfloat16, float16 };
-inline constexpr int kCellKinds = 4;
-inline constexpr int kCpuDtypes = 3;  // float16 is for CUDA alone
+inline constexpr int kCellKinds = 4, kDtypes = 4;
 
 // Rows of contiguous elements, `stride` elements apart. A null address says that the operand is absent.
 struct Matrix {

@@ -129,9 +129,8 @@ namespace {
 
 // The rest of what makes a tensor plain, once its operand has been read.
 bool obeys(const Rules& rules, const Operand& o) {
-  return o.memory == rules.memory &&
-         (o.type == ElementType::float32 || o.type == ElementType::float64 || o.type == ElementType::bfloat16 ||
-          (o.type == ElementType::float16 && rules.float16));
+  return o.memory == rules.memory && (o.type == ElementType::float32 || o.type == ElementType::float64 ||
+                                      o.type == ElementType::bfloat16 || o.type == ElementType::float16);
 }
 
 // Of one of these types, with elements of its own.

@@ -477,13 +477,20 @@ for _dtype in (torch.float64, torch.bfloat16, torch.float16, torch.complex64):
     row(DTYPES, f"`{_dtype}`, with `backward`", LAYERS + CELLS)(_in(_dtype))
 
 
-@row(DTYPES, "`torch.autocast` to bfloat16: the output's dtype", LAYERS + CELLS)
-def _(s: Subject) -> str:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = output(s.module()(s.input()))
-    y.sum().backward()
-    same(y.float(), output(s.plain()(s.input())), 2e-2)
-    return str(y.dtype).removeprefix("torch.")
+def _autocast(dtype: torch.dtype) -> Code:
+    def run(s: Subject) -> str:
+        with torch.autocast("cpu", dtype=dtype):
+            y = output(s.module()(s.input()))
+        y.sum().backward()
+        same(y.float(), output(s.plain()(s.input())), 2e-2)
+        return str(y.dtype).removeprefix("torch.")
+
+    return run
+
+
+TO_NARROW = "`torch.autocast` to {}: the output's dtype"
+for _name in ("bfloat16", "float16"):
+    row(DTYPES, TO_NARROW.format(_name), LAYERS + CELLS)(_autocast(getattr(torch, _name)))
 
 
 @row(DTYPES, "the device `meta`", LAYERS + CELLS)
@@ -619,12 +626,15 @@ def page(text: str) -> str:
 def comparable(text: str) -> list[str]:
     """The page's lines that are the same on every processor.
 
-    oneDNN, behind torch's LSTM under autocast, has no bfloat16 without AVX-512; the page is written on one that has it.
+    oneDNN, behind torch's LSTM under autocast, has no bfloat16 without AVX-512, and float16 on few processors; the page
+    is written on one that has the first and not the second.
     """
-    lines = text.splitlines(True)
-    if "avx512" in _cpu.instruction_set():
-        return lines
-    return [line for line in lines if not line.startswith("| `torch.autocast`")]
+    as_here = {
+        "bfloat16": "avx512" in _cpu.instruction_set(),
+        "float16": not torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    others = tuple(f"| {TO_NARROW.format(name)} |" for name, same_here in as_here.items() if not same_here)
+    return [line for line in text.splitlines(True) if not line.startswith(others)]
 
 
 def main(arguments: list[str]) -> int:

@@ -11,16 +11,20 @@ from . import passes
 from .obstacles import PLAIN, Spec
 
 # A cell's step with so many weights (an LSTM of H = I = 256, an RNN of H = I = 362), or of so few rows, float32 kernels
-# do in less time than torch's operators in bfloat16: measured, see docs/performance.md.
+# do in less time than torch's operators in a narrow dtype: measured in bfloat16, see docs/performance.md.
 _FEW_WEIGHTS = {"lstm": 1 << 19, "gru": 1 << 19, "rnn_tanh": 1 << 18, "rnn_relu": 1 << 18}
 _FEW_ROWS = 8
-# Where oneDNN has no products in bfloat16, on x86 without AVX-512, torch's take ten times as long.
-_TORCH_IS_FAST = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# Where oneDNN has no products of a dtype, of bfloat16 on x86 without AVX-512 and of float16 on most processors, torch's
+# take ten times as long.
+_TORCH_IS_FAST = {
+    torch.bfloat16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
 
 
 def obstacle(device: str, spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) -> str | None:
     """Why a call under autocast is torch's: a cell's step that is no faster on our kernels."""
-    if device == "cuda" or not spec.single_step or torch.get_autocast_dtype(device) is not torch.bfloat16:
+    if device == "cuda" or not spec.single_step or torch.get_autocast_dtype(device) not in passes.NARROW:
         return None
     if weights[0].dtype is not torch.float32 or (
         spec.cell in ("gru", "lstm") and _state_dtype(input, hx) is not torch.float32
@@ -35,7 +39,7 @@ def obstacle(device: str, spec: Spec, input: Any, hx: Any, weights: Sequence[Any
 
 def _suits_float32(cell: str, rows: int, inputs: int, hidden: int) -> bool:
     return (
-        not _TORCH_IS_FAST
+        not _TORCH_IS_FAST[torch.get_autocast_dtype("cpu")]
         or rows <= _FEW_ROWS
         or passes.CELLS[cell].gates * hidden * (inputs + hidden) <= _FEW_WEIGHTS[cell]
     )
@@ -49,7 +53,7 @@ def _keeps_state(device: str, spec: Spec, input: Any, hx: Any) -> bool:
     """
     if device == "cuda" or not spec.single_step or spec.cell not in ("gru", "lstm"):
         return False
-    return torch.get_autocast_dtype(device) is torch.bfloat16 and _state_dtype(input, hx) is torch.float32
+    return torch.get_autocast_dtype(device) in passes.NARROW and _state_dtype(input, hx) is torch.float32
 
 
 class PlainStep(NamedTuple):
@@ -68,7 +72,8 @@ def plain_step(cell: str, input: Any, hx: Any, weights: Sequence[Any]) -> PlainS
     The weights stay as they are: what is narrowed anew at each step, as autocast's own memory is closed to us, takes
     longer than many a step.
     """
-    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not weights:
+    narrow = torch.get_autocast_dtype("cpu")
+    if narrow not in passes.NARROW or not weights:
         return None
     first = weights[0]
     if type(first) not in PLAIN or first.dtype is not torch.float32:
@@ -85,10 +90,10 @@ def plain_step(cell: str, input: Any, hx: Any, weights: Sequence[Any]) -> PlainS
         if type(t) not in PLAIN or not t.is_cpu:
             return None
         if t.dtype is not torch.float32:
-            if t.dtype is not torch.bfloat16:
+            if t.dtype is not narrow:
                 return None
             wide = False
-    rounded_to = torch.bfloat16 if cell in ("rnn_tanh", "rnn_relu") else None
+    rounded_to = narrow if cell in ("rnn_tanh", "rnn_relu") else None
     if rounded_to is None and data[-1].dtype is not torch.float32:
         return None
     if not _suits_float32(cell, len(input), shape[1], shape[0] // passes.CELLS[cell].gates):
@@ -103,12 +108,9 @@ def plain_step(cell: str, input: Any, hx: Any, weights: Sequence[Any]) -> PlainS
 def narrowed(device: str, spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, Any, list[Tensor]]:
     """The operands of a call, those that autocast takes for ``device``, "cpu" or "cuda", in its dtype; where a cell's
     state is kept, in the state's."""
-    dtype = dtype_for(device, spec)
-    taken = {torch.float32}
-    if _keeps_state(device, spec, input, hx):
-        dtype, taken = torch.float32, {torch.bfloat16}
-    elif device == "cuda":  # all but float64
-        taken = {torch.float32, torch.float16, torch.bfloat16}
+    dtype = torch.float32 if _keeps_state(device, spec, input, hx) else dtype_for(device, spec)
+    # Of float64 nothing. On the CPU, who adds to what is narrow in another way does so in float32: it is left to torch.
+    taken = {torch.float32, torch.get_autocast_dtype(device)} if device == "cpu" else {torch.float32, *passes.NARROW}
 
     def cast(t: Any) -> Any:
         return t.to(dtype) if isinstance(t, Tensor) and t.dtype in taken else t

@@ -35,8 +35,6 @@ CUDNN = "cudnn"
 _PATHS = {"cudnn": CUDNN, "fused": FUSED, "step": FUSED, "persistent": PERSISTENT}
 _STEP_FORM = "step"  # what `_cuda` calls the path "fused"
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
 Tensors = tuple[Tensor | None, ...]
 
 

@@ -20,8 +20,6 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 _EXPORTER = "torch.onnx._internal.exporter._flags"
 
-_SERVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # on the CPU
-
 
 class Spec(NamedTuple):
     """What a recurrent module is, apart from its weights. ``cell`` as in :data:`pyrnnfast.reference.STEPS`."""
@@ -121,9 +119,8 @@ def _shape_obstacle(name: str, tensor: Tensor, expected: tuple[int, ...]) -> str
 def _weights_obstacle(spec: Spec, weights: Sequence[Any]) -> str | None:
     if not weights or not isinstance(weights[0], Tensor):
         return "there are no weights"
-    served = cuda.DTYPES if cuda.takes(weights[0]) else _SERVED_DTYPES
-    if weights[0].dtype not in served:
-        return f"the kernels serve {', '.join(map(cuda.dtype_name, served))}, not {weights[0].dtype}"
+    if weights[0].dtype not in passes.DTYPES:
+        return f"the kernels serve {', '.join(map(cuda.dtype_name, passes.DTYPES))}, not {weights[0].dtype}"
     for weight in weights:
         reason = _tensor_obstacle("a weight", weight, weights[0])
         if reason is not None:

@@ -19,6 +19,12 @@ from .profiling import profiled
 
 Tensors = tuple[Tensor | None, ...]
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What the kernels serve."""
+
+NARROW = (torch.bfloat16, torch.float16)
+"""Those of them that are for memory: what is computed with is float32."""
+
 
 class Mask(NamedTuple):
     """Which steps of padded data are real, for kernels on CUDA and the reference: nobody waits to know the values."""
@@ -116,7 +122,7 @@ def sizes(weights: Sequence[Tensor | None]) -> tuple[int, int]:
 
 def cells_dtype(x: Tensor) -> torch.dtype:
     """The cell state stays in float32 where the data are narrower."""
-    return torch.float32 if x.dtype is torch.bfloat16 or x.dtype is torch.float16 else x.dtype
+    return torch.float32 if x.dtype in NARROW else x.dtype
 
 
 def room_to_keep(name: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensors:

@@ -7,10 +7,8 @@ may be ``_emulation``, which has the real kernels with blocks as threads, or `Fa
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from pyrnnfast import _cpu, cuda, obstacles
+from pyrnnfast import _cpu, cuda
 from pyrnnfast.choices import Table
 from pyrnnfast.passes import Mask
 
@@ -42,12 +40,12 @@ class Fake:
     def forward(self, *operands: Any) -> None:
         *own, form, tf32 = operands
         self._note("forward", form, tf32)
-        self._by_cpu(_cpu.forward, self._without_mask(own))
+        _cpu.forward(*self._without_mask(own), 1)
 
     def backward(self, *operands: Any) -> None:
         *own, form, tf32 = operands
         self._note("backward", form, tf32)
-        self._by_cpu(_cpu.backward, self._without_mask(own))
+        _cpu.backward(*self._without_mask(own), 1)
 
     def forward_plain(self, *operands: Any) -> Any:
         *own, forms, tf32 = operands
@@ -87,21 +85,6 @@ class Fake:
         self.masks.append(steps)
         return [*others, None]
 
-    @staticmethod
-    def _by_cpu(run: Any, operands: list[Any]) -> None:
-        """float16, which the CPU's kernels do not serve, in float32, and back."""
-        wide = torch.utils._pytree.tree_map(lambda t: t.float() if _is_half(t) else t, tuple(operands))
-        run(*wide, 1)
-        for narrow, t in zip(
-            torch.utils._pytree.tree_leaves(operands), torch.utils._pytree.tree_leaves(wide), strict=True
-        ):
-            if _is_half(narrow):
-                narrow.data.copy_(t)  # which autograd, like that of a kernel, does not see
-
-
-def _is_half(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.dtype is torch.float16
-
 
 def install(
     monkeypatch: pytest.MonkeyPatch, module: Any, table: Table | None = None, reason: str | None = None
@@ -109,15 +92,6 @@ def install(
     """Until the end of the test. The CPU's own shortest road is closed, and nothing is measured but ``table``."""
     loaded = cuda.Loaded(module, "80;90;120+PTX", (DEVICE,), reason)
     measured = Table([]) if table is None else table
-    agree = obstacles._agree
-
-    def agree_on_half(*call: Any) -> bool:
-        """The kernels of the CPU, which are asked there, do not know float16."""
-        _, _, _, weights = call
-        half = bool(weights) and _is_half(weights[0]) and not torch._C._are_functorch_transforms_active()
-        return agree(*call) or (half and obstacles._operands_obstacle(*call) is None)
-
-    monkeypatch.setattr(obstacles, "_agree", agree_on_half)
     monkeypatch.setattr(cuda, "takes", lambda t: t.is_cpu)
     monkeypatch.setattr(cuda, "load", lambda: loaded)
     monkeypatch.setattr(cuda, "table", lambda: measured)

@@ -227,12 +227,13 @@ def explained(module: torch.nn.Module, x: Any, hx: Any = None) -> str:
     return explanation.reason
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "rnn_relu"])  # complex numbers have no order
 def test_other_dtypes_are_left_to_torch(cell: str) -> None:
-    dtype = torch.float16
+    dtype = torch.complex64
     for case in (Case(cell), Case(cell, lengths=(3, 1)), Case(cell, single_step=True)):
         ours, theirs = case.module(pyrnnfast, dtype), case.module(torch.nn, dtype)
         x, states = case.operands(dtype)
+        x = x.detach()  # torch packs no complex numbers with gradients
         assert str(dtype) in explained(ours, case.packed(x), case.hx(states))
         with torch.no_grad():
             for our, their in zip(
@@ -240,23 +241,6 @@ def test_other_dtypes_are_left_to_torch(cell: str) -> None:
             ):
                 assert our.dtype is dtype
                 assert torch.equal(our, their)
-
-
-def test_nor_without_a_look_at_what_torch_would_crash_on() -> None:
-    """They go there by a road of their own."""
-    x, h = torch.ones(4, 2, 3).half(), torch.zeros(2, 5).half()
-    layer, cell = pyrnnfast.LSTM(3, 5).half(), pyrnnfast.LSTMCell(3, 5).half()
-    assert layer(x)[0].shape == (4, 2, 5) and cell(x[0], (h, h))[0].shape == (2, 5)
-    for no_pair in (h, (), (h,)):
-        with pytest.raises(TypeError, match="hx to be a pair"):
-            cell(x[0], no_pair)
-    with pytest.raises(RuntimeError, match="not at the same device"):
-        cell(x[0], (h, h.to("meta")))
-    with pytest.raises(RuntimeError, match="not at the same device"):
-        pyrnnfast.GRUCell(3, 5, device="meta", dtype=torch.float16)(x[0])
-    layer.weight_hh_l0 = torch.nn.Parameter(torch.ones(20, 4).half())
-    with pytest.raises(RuntimeError, match=r"LSTM: a weight has the shape \[20, 4\]"):
-        layer(x)
 
 
 def test_projections_are_left_to_torch() -> None:

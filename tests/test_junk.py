@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyrnnfast import _cpu
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 H = 9
 LAYERS = {
     "dense": Layer((5,) * 4, H, inputs=3),
@@ -98,13 +98,13 @@ BAD_TENSORS: dict[str, Any] = {
     "duck": lambda t: Duck(),
     "false_capsule": lambda t: FalseCapsule(),
     "object": lambda t: object(),
-    "float16": lambda t: t.half(),
+    # Where the others are narrow the cells are float32, and have to be.
+    "float16": lambda t: t.half() if t.dtype != torch.float16 else t.float(),
     "complex": lambda t: t.to(torch.complex64),
     "bool": lambda t: t.bool(),
     "int32": lambda t: t.int(),
     "int64": lambda t: t.long(),
     "float64": lambda t: t.double() if t.dtype != torch.float64 else t.float(),
-    # Where the others are bfloat16 the cells are float32, and have to be.
     "bfloat16": lambda t: t.bfloat16() if t.dtype != torch.bfloat16 else t.float(),
     "meta": lambda t: torch.empty_like(t, device="meta"),
     "sparse": lambda t: t.to_sparse(),

@@ -21,8 +21,8 @@ CELLS: dict[str, Callable[..., torch.nn.Module]] = {
     "rnn_tanh": torch.nn.RNNCell,
     "rnn_relu": lambda *sizes, **options: torch.nn.RNNCell(*sizes, nonlinearity="relu", **options),
 }
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+DTYPES = passes.DTYPES
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def assert_same(found: Any, expected: Any, dtype: torch.dtype = torch.float64) -
 def test_gradients_are_those_of_torch(cell: str, dtype: torch.dtype, bias: bool, calls: list[int]) -> None:
     for steps, batch in ((1, 3), (2, 1), (3, 2), (9, 4)):
         calls.clear()
-        stock, ours = pair(cell, torch.float64 if dtype is torch.bfloat16 else dtype, bias)
+        stock, ours = pair(cell, torch.float64 if dtype in passes.NARROW else dtype, bias)
         ours.to(dtype)
         x = torch.randn(steps, batch, 5).to(dtype)
         given = x.clone().requires_grad_(), x.to(next(stock.parameters()).dtype).requires_grad_()
@@ -480,7 +480,7 @@ def test_the_kernel(cell: str, dtype: torch.dtype, instruction_set: str) -> None
         exact = for_x.t() @ x.double(), for_h.t() @ h.double(), for_x.sum(0), for_h.sum(0)
         for found, expected in zip(made, exact, strict=True):
             eps = torch.finfo(dtype).eps
-            bound = eps * (rows if dtype is not torch.bfloat16 else 2) * max(expected.abs().max().item(), rows**0.5)
+            bound = eps * (rows if dtype not in passes.NARROW else 2) * max(expected.abs().max().item(), rows**0.5)
             assert (found.double() - expected).abs().max().item() <= bound, (rows, inputs, hidden)
         # Each by itself.
         for k in range(4):
@@ -502,7 +502,7 @@ def test_the_kernel_checks_what_it_gets() -> None:
         ("x", torch.randn(1, 3, 5), "x: expected two"),
         ("x", torch.randn(4, 5), r"states: expected size \[4, 7\]"),
         ("x", torch.randn(0, 5), "x has no rows"),
-        ("x", torch.randn(3, 5).half(), "x must be a float32"),
+        ("x", torch.ones(3, 5).int(), "x must be a float32"),
         ("states", None, "states is missing"),
         ("states", torch.randn(3, 8), r"dgates: expected size \[3, 32\]"),
         ("dgates", torch.randn(3, 28).double(), "dgates must have the dtype"),

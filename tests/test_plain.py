@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import pyrnnfast
-from pyrnnfast import _cpu, plain
+from pyrnnfast import _cpu, passes, plain
 
 
 def is_plain(c: Case) -> bool:
@@ -87,7 +87,7 @@ def quiet_module(case: Case, dtype: torch.dtype) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", passes.DTYPES, ids=str)
 def test_plain_calls_take_it_and_get_the_same_bits(case: Case, dtype: torch.dtype, taken: list[bool]) -> None:
     module = quiet_module(case, dtype)
     x, states = case.operands(dtype)
@@ -112,7 +112,7 @@ def back(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", passes.DTYPES, ids=str)
 def test_gradients_of_plain_calls_have_the_same_bits(
     case: Case, dtype: torch.dtype, taken: list[bool], back: list[bool]
 ) -> None:
@@ -652,7 +652,7 @@ def without_storage(t: Tensor) -> Tensor:
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "wider": lambda t: t.double(),
-    "narrower": lambda t: t.half(),
+    "narrower": lambda t: t.half() if t.dtype is not torch.float16 else t.bfloat16(),
     "bfloat16": lambda t: t.float() if t.dtype is torch.bfloat16 else t.bfloat16(),
     "one_more": lambda t: torch.cat([t, t[:1]]),
     "one_less": lambda t: t[:-1],
@@ -666,7 +666,10 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((c, torch.float32) for c in STACKS), (Case("lstm", hidden=18, layers=3, bidirectional=True), torch.bfloat16)],
+    [
+        *((c, torch.float32) for c in STACKS),
+        *((Case("lstm", hidden=18, layers=3, bidirectional=True), dtype) for dtype in passes.NARROW),
+    ],
     ids=str,
 )
 def test_what_hooks_have_spoilt_raises(case: Case, dtype: torch.dtype, change: str) -> None:

@@ -16,7 +16,7 @@ from kernels import SCHEDULES, Layer, forward_operands, run, use
 from torch import Tensor
 
 import pyrnnfast
-from pyrnnfast import _cpu
+from pyrnnfast import _cpu, passes
 from pyrnnfast.passes import CELLS as WIDTHS
 
 
@@ -60,7 +60,8 @@ def test_bits_do_not_depend_on_threads(cell: str, layer: Layer, instruction_set:
     assert operations(cell, layer) >= 4e6, "too small to be shared"
     assert_same_bits(cell, layer, torch.float32, (2, 3, 4, 1))
     assert_same_bits(cell, layer, torch.float64, (3,))
-    assert_same_bits(cell, layer, torch.bfloat16, (2,))
+    for dtype in passes.NARROW:
+        assert_same_bits(cell, layer, dtype, (2,))
 
 
 # Groups of rows whose chunks have other numbers of rows for each step, and whose rows end at different steps.
@@ -89,7 +90,7 @@ def test_bits_do_not_depend_on_threads_under_any_schedule(
 ) -> None:
     use(schedule)
     _cpu.set_threshold("serial_operations", 0)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for dtype in passes.DTYPES:
         # Several times: what one thread takes from another too early or too late is not always wrong.
         assert_same_bits(cell, layer, dtype, (2, 3, 2, 3))
 

@@ -34,7 +34,8 @@ std::vector<const InstructionSet*> instruction_sets() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16")) all.push_back(&kAvx512Bf16);
   if (__builtin_cpu_supports("avx512f")) all.push_back(&kAvx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(&kAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    all.push_back(&kAvx2);
 #endif
 #if defined(__aarch64__)
   all.push_back(&kNeon);

@@ -220,13 +220,14 @@ struct ForwardPass {
     T* inner = region<T>(plan, kBias) + gates_stride(p) + b.first;
     for (int g = 0; g < gates; ++g) {
       const bool is_inner = Cell::has_bias_hn && g == gates - 1;
-      for (int i = 0; i < width; ++i) {
-        const int64_t column = g * p.hidden + b.first + i;
-        const bool exists = i < b.present;
-        const T ih = exists && p.bias_ih.data != nullptr ? convert<T>(*at<const E>(p.bias_ih, 0, column)) : T(0);
-        const T hh = exists && p.bias_hh.data != nullptr ? convert<T>(*at<const E>(p.bias_hh, 0, column)) : T(0);
-        sum[g * width + i] = is_inner ? ih : ih + hh;
-        if (is_inner) inner[i] = hh;
+      const auto bias_of = [&](const Matrix& bias, int i) {
+        const E* from = bias.data == nullptr ? nullptr : at<const E>(bias, 0, g * p.hidden + b.first);
+        return load_present<S>(from, b.present, i);
+      };
+      for (int i = 0; i < width; i += S::lanes) {
+        const V ih = bias_of(p.bias_ih, i), hh = bias_of(p.bias_hh, i);
+        S::store(sum + g * width + i, is_inner ? ih : ih + hh);
+        if (is_inner) S::store(inner + i, hh);
       }
     }
   }

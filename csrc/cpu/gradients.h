@@ -151,7 +151,7 @@ struct Gradients {
     constexpr int64_t width = W::widest;
     alignas(64) T tiles[kSliceRows * width];
     // Of other rows only some begin with a line, and those would leave their neighbours' lines half written.
-    const bool by_lines = reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_stride % kLineOfBf16 == 0;
+    const bool by_lines = reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_stride % kNarrowLine == 0;
     for (int64_t first = 0; first < rows; first += kSliceRows) {
       const int64_t count = rows - first < kSliceRows ? rows - first : kSliceRows;
       multiply<S>(Left<Operand>{left.data + first * left.row, left.row, left.depth}, count, gates * p.hidden, panel,

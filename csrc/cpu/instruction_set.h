@@ -54,14 +54,16 @@ constexpr InstructionSet instruction_set(const char* name) {
   set.name = name;
   const auto add = [&](CellKind kind, auto cell) {
     using Cell = decltype(cell);
-    auto& forward = set.forward[static_cast<int>(kind)];
-    forward[static_cast<int>(Dtype::float32)] = kernel<ForwardPass, Forward, Cell, F, float>();
-    forward[static_cast<int>(Dtype::float64)] = kernel<ForwardPass, Forward, Cell, D, double>();
-    forward[static_cast<int>(Dtype::bfloat16)] = kernel<ForwardPass, Forward, Cell, F, Bf16>();
-    auto& backward = set.backward[static_cast<int>(kind)];
-    backward[static_cast<int>(Dtype::float32)] = kernel<BackwardPass, Backward, Cell, F, float>();
-    backward[static_cast<int>(Dtype::float64)] = kernel<BackwardPass, Backward, Cell, D, double>();
-    backward[static_cast<int>(Dtype::bfloat16)] = kernel<BackwardPass, Backward, Cell, F, Bf16>();
+    const auto add_type = [&](Dtype dtype, auto vector, auto element) {
+      using S = decltype(vector);
+      using E = decltype(element);
+      set.forward[static_cast<int>(kind)][static_cast<int>(dtype)] = kernel<ForwardPass, Forward, Cell, S, E>();
+      set.backward[static_cast<int>(kind)][static_cast<int>(dtype)] = kernel<BackwardPass, Backward, Cell, S, E>();
+    };
+    add_type(Dtype::float32, F{}, float{});
+    add_type(Dtype::float64, D{}, double{});
+    add_type(Dtype::bfloat16, F{}, Bf16{});
+    add_type(Dtype::float16, F{}, Fp16{});
   };
   add(CellKind::rnn_tanh, Rnn<false>{});
   add(CellKind::rnn_relu, Rnn<true>{});
@@ -75,7 +77,10 @@ constexpr InstructionSet instruction_set(const char* name) {
   set.depth_per_row[static_cast<int>(Dtype::float32)] = Bytes == 64 ? 17 : Bytes == 32 ? 10 : 3;
   set.depth_per_row[static_cast<int>(Dtype::float64)] = Bytes == 64 ? 10 : Bytes == 32 ? 6 : 3;
   set.depth_per_row[static_cast<int>(Dtype::bfloat16)] = Bytes == 16 ? 64 : 18;
+  set.depth_per_row[static_cast<int>(Dtype::float16)] = Bytes == 64 ? 18 : Bytes == 32 ? 13 : 64;
   for (int64_t& rows : set.most_unpacked_rows) rows = Bytes == 16 ? 96 : 24;
+  // Where no instruction widens float16, packing saves most of it.
+  set.most_unpacked_rows[static_cast<int>(Dtype::float16)] = Bytes == 64 ? 24 : Bytes == 32 ? 40 : 2;
   if (F::has_pair_product) set.most_unpacked_rows[static_cast<int>(Dtype::bfloat16)] = 40;
   set.product[0] = multiply_share<F>;
   set.product[1] = multiply_share<D>;

@@ -83,13 +83,13 @@ using ProductFn = void (*)(const Product&, void* panel, int rank, int size);
 
 struct InstructionSet {
   const char* name;
-  Kernel<Forward> forward[kCellKinds][kCpuDtypes];
-  Kernel<Backward> backward[kCellKinds][kCpuDtypes];
+  Kernel<Forward> forward[kCellKinds][kDtypes];
+  Kernel<Backward> backward[kCellKinds][kDtypes];
   // Forward, a single step of up to (I + H) / this many rows does better with weights read where they lie than with
   // packed ones: packing takes as long for every k, and adding up the vectors of dot products as long for every row.
-  int64_t depth_per_row[kCpuDtypes];
+  int64_t depth_per_row[kDtypes];
   // But no more than these: panels that are packed at use take a part of that time.
-  int64_t most_unpacked_rows[kCpuDtypes];
+  int64_t most_unpacked_rows[kDtypes];
   // For benchmarks and tests, in float32 and float64.
   ActivationFn activation[2][2];
   ProductFn product[2];

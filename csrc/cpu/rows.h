@@ -77,7 +77,7 @@ struct Either<false, A, B> {
 // Where the processor multiplies bfloat16 itself, the operands of all products are as narrow as they are in memory:
 // weights and x as they come, states and dgates rounded.
 template <class S, class E>
-inline constexpr bool kNarrowProducts = !kSame<typename S::Scalar, E> && S::has_pair_product;
+inline constexpr bool kNarrowProducts = is_bf16<E> && S::has_pair_product;
 template <class S, class E>
 using OperandOf = typename Either<kNarrowProducts<S, E>, E, typename S::Scalar>::Type;
 
@@ -138,13 +138,13 @@ void narrow_row(const A* from, int64_t count, E* to, bool add) {
   }
 }
 
-inline constexpr int64_t kLineOfBf16 = 64 / static_cast<int64_t>(sizeof(Bf16));
+inline constexpr int64_t kNarrowLine = 32;  // elements
 
 // Rounds a row that is not read again soon and begins with a cache line: whole lines go past the caches, which need not
 // read them first then.
-template <class S>
-void stream_row(const typename S::Scalar* from, int64_t count, Bf16* to) {
-  const int64_t whole = count - count % kLineOfBf16;
+template <class S, class N>
+void stream_row(const typename S::Scalar* from, int64_t count, N* to) {
+  const int64_t whole = count - count % kNarrowLine;
   for (int64_t i = 0; i < whole; i += S::lanes) S::stream(to + i, S::load(from + i));
   narrow_row<S>(from + whole, count - whole, to + whole, false);
 }

@@ -248,7 +248,7 @@ Plan make_plan(const Backward& p, const InstructionSet&, const Kernel<Backward>&
     return used_once && deal_evenly(kernel.blocks(columns), threads) ? Packing::at_use : Packing::before;
   };
   const int64_t few = p.steps == 1 ? kUnpackedBackwardStep : kUnpackedSteps;
-  const bool narrow = p.dtype == Dtype::bfloat16;
+  const bool narrow = bytes_of(p.dtype) == 2;
   if (!narrow && rows <= unpacked_rows.or_else(few)) return plan;
   plan.hidden = packing(p.steps == 1, p.hidden);
   // Read once a chunk, for dx: from the second chunk on packing pays.

@@ -19,8 +19,12 @@
 namespace pyrnnfast {
 namespace {
 
-// bfloat16 as it lies in memory: the upper half of a float32.
+// Narrow types as they lie in memory. bfloat16: the upper half of a float32.
 struct Bf16 {
+  uint16_t bits;
+};
+// float16 of IEEE 754: 5 bits of exponent, 10 of fraction.
+struct Fp16 {
   uint16_t bits;
 };
 
@@ -37,6 +41,11 @@ struct Bits<double> {
   using Int = int64_t;
   using Half = uint16_t;
 };
+
+template <class N>
+inline constexpr bool is_bf16 = false;
+template <>
+inline constexpr bool is_bf16<Bf16> = true;
 
 template <class T, int Bytes>
 struct Simd {
@@ -80,39 +89,27 @@ struct Simd {
   static Value load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static void store(T* p, Value v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
-  // bfloat16: widened where it is read; rounded to the nearest, ties to even, where it is written.
-  static Value load(const Bf16* p) {
-#if defined(__AVX512F__)
-    if constexpr (Bytes == 64) {
-      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    }
-#endif
-#if defined(__AVX2__)
-    if constexpr (Bytes == 32) {
-      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-    }
-#endif
-    Mask wide;
-    for (int i = 0; i < lanes; ++i) wide[i] = p[i].bits << 16;
-    return reinterpret_cast<Value>(wide);
+  // Narrow types N: widened where they are read; rounded to the nearest, ties to even, where they are written.
+  template <class N>
+  static Value load(const N* p) {
+    return widened<N>(*reinterpret_cast<const UnalignedHalves*>(p));
   }
-  static void store(Bf16* p, Value v) {
-    typedef Half UnalignedHalves __attribute__((vector_size(2 * lanes), aligned(2), may_alias));
-    *reinterpret_cast<UnalignedHalves*>(p) = narrowed(v);
+  template <class N>
+  static void store(N* p, Value v) {
+    *reinterpret_cast<UnalignedHalves*>(p) = narrowed<N>(v);
   }
   // The same past the caches, where the instruction set can; `p` is aligned to what is written. Other threads may read
   // it after stream_end().
-  static void stream(Bf16* p, Value v) {
+  template <class N>
+  static void stream(N* p, Value v) {
 #if defined(__AVX512F__)
     if constexpr (Bytes == 64) {
-      return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrowed(v)));
+      return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrowed<N>(v)));
     }
 #endif
 #if defined(__AVX2__)
     if constexpr (Bytes == 32) {
-      return _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrowed(v)));
+      return _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrowed<N>(v)));
     }
 #endif
     store(p, v);
@@ -122,21 +119,29 @@ struct Simd {
     _mm_sfence();
 #endif
   }
-  // Two vectors lane by lane beside one another, (a₀ b₀) (a₁ b₁) …, which take an operation each to widen, not two.
+  // Two vectors beside one another, in the order in which they are widened soonest. bfloat16 lane by lane, (a₀ b₀)
+  // (a₁ b₁) …, which takes an operation each, not two; float16 one behind the other.
   static void load_pairs(const Bf16* p, Value& a, Value& b) {
-    typedef Int UnalignedMask __attribute__((vector_size(Bytes), aligned(2), may_alias));
     const Mask pairs = *reinterpret_cast<const UnalignedMask*>(p);
     a = reinterpret_cast<Value>(pairs << 16);
     b = reinterpret_cast<Value>(pairs & ~0xFFFF);
   }
-  // Of values that bfloat16 has exactly.
+  static void load_pairs(const Fp16* p, Value& a, Value& b) {
+    a = load(p);
+    b = load(p + lanes);
+  }
+  // Of values that the narrow type has exactly.
   static void store_pairs(Bf16* p, Value a, Value b) {
-    typedef Int UnalignedMask __attribute__((vector_size(Bytes), aligned(2), may_alias));
     *reinterpret_cast<UnalignedMask*>(p) = ((reinterpret_cast<Mask>(a) >> 16) & 0xFFFF) | reinterpret_cast<Mask>(b);
+  }
+  static void store_pairs(Fp16* p, Value a, Value b) {
+    store(p, a);
+    store(p + lanes, b);
   }
   // Neighbours in memory as one element, to be moved and not computed with: the first n of 2 · lanes, else zeros.
   typedef T UnalignedPairs __attribute__((vector_size(Bytes), aligned(2), may_alias));
-  static Value load_neighbours(const Bf16* p, int n) {
+  template <class N>
+  static Value load_neighbours(const N* p, int n) {
     if (n >= 2 * lanes) return *reinterpret_cast<const UnalignedPairs*>(p);
     Mask pairs{};
     if constexpr (Bytes == 64 || Bytes == 32) {
@@ -147,30 +152,36 @@ struct Simd {
     if (n % 2 != 0) pairs = numbers() == n / 2 ? Mask{} + p[n - 1].bits : pairs;
     return reinterpret_cast<Value>(pairs);
   }
+  // To where load_pairs finds the first and the second ones of them.
   static void store_neighbours(Bf16* p, Value v) { *reinterpret_cast<UnalignedPairs*>(p) = v; }
+  static void store_neighbours(Fp16* p, Value v) {
+    const Mask pairs = reinterpret_cast<Mask>(v);
+    *reinterpret_cast<UnalignedHalves*>(p) = lower_halves(pairs & 0xFFFF);
+    *reinterpret_cast<UnalignedHalves*>(p + lanes) = lower_halves((pairs >> 16) & 0xFFFF);
+  }
   // Of parts, pairs go by masks of 32 bits, as there are none of 16 without more of AVX-512; the last one by itself.
-  static Value load_part(const Bf16* p, int n) {
-    Mask wide{};
+  template <class N>
+  static Value load_part(const N* p, int n) {
+    Halves halves{};
 #if defined(__AVX512F__)
     if constexpr (Bytes == 64) {
-      const __m256i pairs = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), first_of_8(n / 2));
-      wide = reinterpret_cast<Mask>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(pairs), 16));
-      return reinterpret_cast<Value>(numbers() == n - 1 ? Mask{} + (p[n - 1].bits << 16) : wide);
+      halves = reinterpret_cast<Halves>(_mm256_maskload_epi32(reinterpret_cast<const int*>(p), first_of_8(n / 2)));
+      return widened<N>(half_numbers() == static_cast<Half>(n - 1) ? Halves{} + p[n - 1].bits : halves);
     }
 #endif
 #if defined(__AVX2__)
     if constexpr (Bytes == 32) {
-      const __m128i pairs =
-          _mm_maskload_epi32(reinterpret_cast<const int*>(p), _mm256_castsi256_si128(first_of_8(n / 2)));
-      wide = reinterpret_cast<Mask>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(pairs), 16));
-      return reinterpret_cast<Value>(numbers() == n - 1 ? Mask{} + (p[n - 1].bits << 16) : wide);
+      halves = reinterpret_cast<Halves>(
+          _mm_maskload_epi32(reinterpret_cast<const int*>(p), _mm256_castsi256_si128(first_of_8(n / 2))));
+      return widened<N>(half_numbers() == static_cast<Half>(n - 1) ? Halves{} + p[n - 1].bits : halves);
     }
 #endif
-    for (int i = 0; i < n; ++i) wide[i] = p[i].bits << 16;
-    return reinterpret_cast<Value>(wide);
+    for (int i = 0; i < n; ++i) halves[i] = p[i].bits;
+    return widened<N>(halves);
   }
-  static void store_part(Bf16* p, Value v, int n) {
-    const Halves halves = narrowed(v);
+  template <class N>
+  static void store_part(N* p, Value v, int n) {
+    const Halves halves = narrowed<N>(v);
 #if defined(__AVX512F__)
     if constexpr (Bytes == 64) {
       _mm256_maskstore_epi32(reinterpret_cast<int*>(p), first_of_8(n / 2), reinterpret_cast<__m256i>(halves));
@@ -282,22 +293,94 @@ struct Simd {
   }
 
  private:
-  // The upper halves of the lanes after rounding; NaN stays NaN.
   typedef Half Halves __attribute__((vector_size(2 * lanes)));
+  typedef Half UnalignedHalves __attribute__((vector_size(2 * lanes), aligned(2), may_alias));
+  typedef Int UnalignedMask __attribute__((vector_size(Bytes), aligned(2), may_alias));
+
+  template <class N>
+  static Value widened(Halves halves) {
+    if constexpr (is_bf16<N>) {
+      return reinterpret_cast<Value>(wide(halves) << 16);
+    } else {
+      return from_fp16(halves);
+    }
+  }
+  // Rounded; NaN stays NaN.
+  template <class N>
   static Halves narrowed(Value v) {
+    if constexpr (!is_bf16<N>) return to_fp16(v);
     const Mask bits = reinterpret_cast<Mask>(v);
     const Mask rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16) & 0xFFFF;
-    const Mask wide = v != v ? Mask{} + 0x7FC0 : rounded;
+    return lower_halves(v != v ? Mask{} + 0x7FC0 : rounded);
+  }
+
+  static Value from_fp16(Halves halves) {
 #if defined(__AVX512F__)
-    if constexpr (Bytes == 64) return reinterpret_cast<Halves>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(wide)));
+    if constexpr (Bytes == 64) return _mm512_cvtph_ps(reinterpret_cast<__m256i>(halves));
+#endif
+#if defined(__F16C__)
+    if constexpr (Bytes == 32) return _mm256_cvtph_ps(reinterpret_cast<__m128i>(halves));
+#endif
+#if defined(__aarch64__)
+    return vcvt_f32_f16(reinterpret_cast<float16x4_t>(halves));
+#endif
+    // Exponents differ by 112; those of infinity and NaN once more. What is below the normal numbers gets an exponent,
+    // and its leading bit, which that implies, is taken off by a subtraction.
+    const Mask bits = wide(halves), size = (bits & 0x7FFF) << 13, exponent = size & (0x1F << 23);
+    const Mask moved = size + (exponent == 0x1F << 23 ? Mask{} + (224 << 23) : Mask{} + (112 << 23));
+    const Mask lifted = size + (113 << 23), leading = Mask{} + (113 << 23);
+    const Mask small = reinterpret_cast<Mask>(reinterpret_cast<Value>(lifted) - reinterpret_cast<Value>(leading));
+    return reinterpret_cast<Value>((exponent == 0 ? small : moved) | (bits & 0x8000) << 16);
+  }
+  static Halves to_fp16(Value v) {
+#if defined(__AVX512F__)
+    if constexpr (Bytes == 64) return reinterpret_cast<Halves>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__F16C__)
+    if constexpr (Bytes == 32) return reinterpret_cast<Halves>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__aarch64__)
+    return reinterpret_cast<Halves>(vcvt_f16_f32(v));
+#endif
+    // The same the other way round; for what falls below the normal numbers, an addition rounds.
+    const Mask bits = reinterpret_cast<Mask>(v), size = bits & 0x7FFFFFFF;
+    const Mask normal = (size + (((size >> 13) & 1) + 0xFFF) - (112 << 23)) >> 13;
+    const Value half = reinterpret_cast<Value>(Mask{} + (126 << 23));
+    const Mask small = reinterpret_cast<Mask>(reinterpret_cast<Value>(size) + half) - (126 << 23);
+    const Mask finite = size < 113 << 23 ? small : normal;
+    // From half a step beyond the largest number on: infinity.
+    const Mask large = v != v ? Mask{} + 0x7E00 : Mask{} + 0x7C00;
+    return lower_halves((size > 0x477FEFFF ? large : finite) | ((bits >> 16) & 0x8000));
+  }
+
+  static Mask wide(Halves halves) {
+#if defined(__AVX512F__)
+    if constexpr (Bytes == 64) return reinterpret_cast<Mask>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
+#endif
+#if defined(__AVX2__)
+    if constexpr (Bytes == 32) return reinterpret_cast<Mask>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves)));
+#endif
+    return __builtin_convertvector(halves, Mask);
+  }
+  // Of lanes whose upper halves are zeros.
+  static Halves lower_halves(Mask lanes_of_32) {
+#if defined(__AVX512F__)
+    if constexpr (Bytes == 64) {
+      return reinterpret_cast<Halves>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(lanes_of_32)));
+    }
 #endif
 #if defined(__AVX2__)
     if constexpr (Bytes == 32) {
-      const __m256i all = reinterpret_cast<__m256i>(wide);
+      const __m256i all = reinterpret_cast<__m256i>(lanes_of_32);
       return reinterpret_cast<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
     }
 #endif
-    return __builtin_convertvector(wide, Halves);
+    return __builtin_convertvector(lanes_of_32, Halves);
+  }
+  static Halves half_numbers() {
+    Halves lane;
+    for (int i = 0; i < lanes; ++i) lane[i] = static_cast<Half>(i);
+    return lane;
   }
 
 #if defined(__AVX2__)

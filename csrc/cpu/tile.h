@@ -265,7 +265,7 @@ void dots(const A* a, int64_t a_stride, const P* weights, int64_t weight_stride,
       for (int m = 0; m < Rows; ++m) sum[m][i] = V{};
     }
     int64_t k = 0;
-    if constexpr (S::has_pair_product && sizeof(A) == sizeof(Bf16) && sizeof(P) == sizeof(Bf16)) {
+    if constexpr (S::has_pair_product && is_bf16<A> && is_bf16<P>) {
       for (; k + 2 * S::lanes <= depth; k += 2 * S::lanes) {
 #pragma GCC unroll 8
         for (int i = 0; i < group; ++i) {

@@ -4,8 +4,8 @@
 //   by unit     panel[k][gate][unit] = W[gate·H + unit, k]      x W_ihᵀ and h W_hhᵀ, of the forward pass
 //   by column   panel[k][column]     = W[k, column]             dgates W_ih and dgates W_hh, of the backward pass
 //
-// The units and columns of the last block that do not exist are zeros. Panels of bfloat16 have the elements of an even
-// k and of the next side by side: panel[k / 2][…][k % 2].
+// The units and columns of the last block that do not exist are zeros. Narrow panels have the elements of an even k and
+// of the next side by side, vector by vector, as load_pairs (simd.h) knows them.
 #pragma once
 
 #include "tile.h"
@@ -27,23 +27,11 @@ Block block_at(int64_t count, int widest, int64_t index) {
   return {first, static_cast<int>(ceil_div(present, S::lanes)), static_cast<int>(present)};
 }
 
-template <class T, class E>
-T convert(E x) {
-  return static_cast<T>(x);
-}
-template <>
-inline float convert<float, Bf16>(Bf16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 template <class S, class P, class E>
 void pack_by_unit(const E* weight, int64_t stride, int gates, int64_t hidden, int64_t depth, const Block& block,
                   P* panel) {
   using V = typename S::Value;
-  // Pairs of bfloat16, which lie beside one another there as here, are moved as one element.
+  // Pairs of narrow elements, which lie beside one another, are moved as one.
   constexpr bool pairs = sizeof(P) != sizeof(typename S::Scalar);
   constexpr int several = pairs ? 2 : 1;
   const int width = block.vectors * S::lanes;
@@ -95,8 +83,8 @@ void pack_row(const E* from, const Block& block, typename S::Scalar* to) {
 }
 
 // Two of them as pairs.
-template <class S>
-void pack_row_pair(const Bf16* even, const Bf16* odd, const Block& block, Bf16* to) {
+template <class S, class N>
+void pack_row_pair(const N* even, const N* odd, const Block& block, N* to) {
   for (int i = 0; i < block.vectors * S::lanes; i += S::lanes) {
     S::store_pairs(to + 2 * i, load_present<S>(even, block.present, i), load_present<S>(odd, block.present, i));
   }

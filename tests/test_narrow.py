@@ -1,9 +1,9 @@
-"""bfloat16: what is rounded, and that nothing else is.
+"""bfloat16 and float16: what is rounded, and that nothing else is.
 
-The kernels read and write bfloat16 and compute in float32. So forward each result is the exact one rounded once, and
-backward, given what forward has kept (which is bfloat16 too, but for the LSTM's cells), so is each gradient. On
-processors that multiply bfloat16 themselves, this is so given the operands of their products: the h of the step before
-and dgates, rounded. All of it is held to that bound here, against the cells' equations in float64. Through modules,
+The kernels read and write them and compute in float32. So forward each result is the exact one rounded once, and
+backward, given what forward has kept (which is as narrow, but for the LSTM's cells), so is each gradient. On processors
+that multiply bfloat16 themselves, this is so given the operands of their products: the h of the step before and dgates,
+rounded. All of it is held to that bound here, against the cells' equations in float64. Through modules,
 whose layers read one another's rounded results, the measure is torch's own error.
 """
 
@@ -22,19 +22,22 @@ from torch import Tensor
 import pyrnnfast
 from pyrnnfast import _cpu
 
-BF16 = torch.bfloat16
-# The largest relative error of rounding to nearest with 8 significant bits.
-UNIT = 2.0**-8
+BF16, FP16 = torch.bfloat16, torch.float16
+narrow = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+# The largest relative error of rounding to nearest with 8 or 11 significant bits, and the largest error of what is
+# smaller than the normal numbers.
+UNIT = {BF16: 2.0**-8, FP16: 2.0**-11}
+LEAST = {BF16: 2.0**-134, FP16: 2.0**-25}
 # What float32 arithmetic may add, in units of a tensor's largest element: hardly more than nothing beside UNIT.
 NOISE = 2.0**-17
 
 
-def multiplies_bfloat16() -> bool:
+def narrow_products(dtype: torch.dtype) -> bool:
     """Whether the kernels leave products to the processor's own bfloat16.
 
     h and dgates are rounded for them, and what is smaller than the normal numbers counts as zero.
     """
-    return _cpu.instruction_set() == "avx512bf16"
+    return dtype is BF16 and _cpu.instruction_set() == "avx512bf16"
 
 
 def flushed(factor: Tensor) -> Tensor:
@@ -85,7 +88,9 @@ def of_direction(operands: Operands, layer: Layer, direction: int) -> dict[str, 
     return found
 
 
-def textbook_forward(cell: str, layer: Layer, direction: int, o: dict[str, Tensor]) -> dict[str, Tensor]:
+def textbook_forward(
+    cell: str, layer: Layer, direction: int, o: dict[str, Tensor], rounds_h: bool
+) -> dict[str, Tensor]:
     H, widths = layer.hidden, WIDTHS[cell]
     h, c = o["h0"].clone(), o["c0"].clone() if widths.has_cell else None
     out = {"y": torch.zeros(layer.rows, H).double()}
@@ -93,7 +98,7 @@ def textbook_forward(cell: str, layer: Layer, direction: int, o: dict[str, Tenso
         out["saved"] = torch.zeros(layer.rows, widths.saved * H).double()
     if widths.has_cell:
         out["cells"] = torch.zeros(layer.rows, H).double()
-    operand = h.clone() if multiplies_bfloat16() else h
+    operand = h.clone() if rounds_h else h
     for rows, size, _, _ in spans(layer, direction):
         x = (o["x"][rows] @ o["w_ih"].t() + o["b_ih"]).split(H, 1)
         a = (operand[:size] @ o["w_hh"].t() + o["b_hh"]).split(H, 1)
@@ -141,7 +146,9 @@ def gate_gradients(
     return d * (1 - y**2) if cell == "rnn_tanh" else d * (y > 0), torch.zeros_like(d)
 
 
-def textbook_backward(cell: str, layer: Layer, direction: int, o: dict[str, Tensor]) -> dict[str, Tensor]:
+def textbook_backward(
+    cell: str, layer: Layer, direction: int, o: dict[str, Tensor], rounds_dgates: bool
+) -> dict[str, Tensor]:
     """The gradients that follow exactly from y, saved and cells as they are, and from the dgates that were found where
     the kernels round them for their products."""
     H, has_cell = layer.hidden, WIDTHS[cell].has_cell
@@ -158,7 +165,7 @@ def textbook_backward(cell: str, layer: Layer, direction: int, o: dict[str, Tens
         d, dc_now = dh[:size] + o["grad_y"][rows], None if dc is None else dc[:size] + o["grad_cells"][rows]
         exact, carried = gate_gradients(cell, o, rows, h_prev, c_prev, d, dc_now)
         out["dgates"][rows] = exact
-        used = (o["dgates"][rows] if multiplies_bfloat16() else exact).split(H, 1)
+        used = (o["dgates"][rows] if rounds_dgates else exact).split(H, 1)
         for_x = torch.cat(used[: WIDTHS[cell].gates], 1)
         for_h = torch.cat((*used[:2], used[3]) if cell == "gru" else used, 1)
         out["dx"][rows] = for_x @ o["w_ih"]
@@ -176,13 +183,13 @@ def textbook_backward(cell: str, layer: Layer, direction: int, o: dict[str, Tens
 
 def assert_one_rounding(name: str, found: Tensor, true: Tensor, before: Tensor | float = 0.0) -> None:
     """`before`: what was rounded already before something was added to it."""
-    rounding = 0.0 if found.dtype is torch.float32 else UNIT
-    bound = rounding * (1 + UNIT) * (true.abs() + abs(before)) + NOISE * true.abs().max()
+    rounding, least = UNIT.get(found.dtype, 0.0), LEAST.get(found.dtype, 0.0)
+    bound = rounding * (1 + rounding) * (true.abs() + abs(before)) + 2 * least + NOISE * true.abs().max()
     excess = (found.double() - true).abs() - bound
     assert bool((excess <= 0).all()), f"{name}: {float(excess.max()):.2e} more than one rounding"
 
 
-# Below 8 sequences the kernels keep their weights in bfloat16, from 8 on in float32.
+# Below 8 sequences the kernels keep their weights narrow, from 8 on in float32.
 LAYERS = (
     Layer((1,) * 9, 5, inputs=3, directions=2),
     Layer((2,) * 40, 33, inputs=20),
@@ -196,16 +203,16 @@ LAYERS = (
 )
 
 
-def check_one_rounding(cell: str, layer: Layer) -> None:
-    H = layer.hidden
-    forward = forward_operands(cell, layer, BF16)
+def check_one_rounding(cell: str, layer: Layer, dtype: torch.dtype) -> None:
+    H, rounds_operands = layer.hidden, narrow_products(dtype)
+    forward = forward_operands(cell, layer, dtype)
     _cpu.forward(*forward.values())
     backward = backward_operands(forward)
     _cpu.backward(*backward.values())
     dx_before: Tensor | float = 0.0
     for direction in range(layer.directions):
         operands = of_direction(backward, layer, direction)
-        true = textbook_forward(cell, layer, direction, operands)
+        true = textbook_forward(cell, layer, direction, operands, rounds_operands)
         columns = forward["y"].reshape(layer.rows, -1)[:, direction * H : (direction + 1) * H]
         assert_one_rounding("y", columns, true["y"])
         for name in ("h_n", "c_n"):
@@ -214,8 +221,8 @@ def check_one_rounding(cell: str, layer: Layer) -> None:
         for name, kept in zip(("saved", "cells"), forward["kept"][2 * direction :], strict=False):
             if kept is not None:
                 assert_one_rounding(name, kept, true[name])
-        true = textbook_backward(cell, layer, direction, operands)
-        assert_one_rounding("dgates", operands["dgates"].to(BF16), true["dgates"])
+        true = textbook_backward(cell, layer, direction, operands, rounds_operands)
+        assert_one_rounding("dgates", operands["dgates"].to(dtype), true["dgates"])
         for name in ("dh0", "dc0"):
             if name in true:
                 found = backward[name].reshape(layer.directions, -1, H)[direction]
@@ -229,37 +236,44 @@ def check_one_rounding(cell: str, layer: Layer) -> None:
         dx_before = true["dx"]
 
 
+@narrow
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_rounding(cell: str, layer: Layer, instruction_set: str) -> None:
-    check_one_rounding(cell, layer)
+def test_one_rounding(cell: str, layer: Layer, dtype: torch.dtype, instruction_set: str) -> None:
+    check_one_rounding(cell, layer, dtype)
 
 
+@narrow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_rounding_under_any_schedule(cell: str, layer: Layer, schedule: str, instruction_set: str) -> None:
+def test_one_rounding_under_any_schedule(
+    cell: str, layer: Layer, schedule: str, dtype: torch.dtype, instruction_set: str
+) -> None:
     """Sums that go on from chunk to chunk among them."""
     use(schedule)
-    check_one_rounding(cell, layer)
+    check_one_rounding(cell, layer, dtype)
 
 
 # Every bit --------------------------------------------------------------------------------------------------------
 
 
+@narrow
 @pytest.mark.parametrize(("inputs", "hidden"), [(64, 96), (37, 160)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_gradients_of_weights_anywhere_in_memory(inputs: int, hidden: int, threads: int, instruction_set: str) -> None:
+def test_gradients_of_weights_anywhere_in_memory(
+    inputs: int, hidden: int, threads: int, dtype: torch.dtype, instruction_set: str
+) -> None:
     """Rows that begin with a cache line are written past the caches, others are not: the same bits, and nothing beside
     them."""
     layer = Layer((9,), hidden, inputs, single_step=True)
     _cpu.set_threshold("serial_operations", 0)
-    forward = forward_operands("lstm", layer, BF16, threads)
+    forward = forward_operands("lstm", layer, dtype, threads)
     _cpu.forward(*forward.values())
     found = []
     for offset in (0, 1, 16, 32):
         operands = backward_operands(forward)
-        buffers = [torch.full((offset + w.numel() + 64,), math.nan, dtype=BF16) for w in operands["dweights"]]
+        buffers = [torch.full((offset + w.numel() + 64,), math.nan, dtype=dtype) for w in operands["dweights"]]
         if offset == 0:
             assert all(b.data_ptr() % 64 == 0 for b in buffers)
         within = [slice(offset, offset + w.numel()) for w in operands["dweights"]]
@@ -276,82 +290,98 @@ def test_gradients_of_weights_anywhere_in_memory(inputs: int, hidden: int, threa
 
 
 def assert_same_numbers(found: Tensor, expected: Tensor) -> None:
-    assert found.dtype is expected.dtype is BF16
+    assert found.dtype is expected.dtype
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(0.0, math.inf, -math.inf), expected.nan_to_num(0.0, math.inf, -math.inf))
 
 
-def summands() -> tuple[Tensor, Tensor]:
-    """Two vectors whose sums lie anywhere between bfloat16 neighbours, often in the middle, and beyond the largest."""
-    fractions = 1 + torch.arange(0, 128, 5) / 128
-    special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, 1e-40, 2.0**-126, 3.3895314e38, 1e38])
-    first = torch.cat([fractions, -fractions, special])
-    powers = torch.tensor([2.0**-10, 2.0**-9, 2.0**-8, 2.0**-7, 2.0**-1, 1.0, 3e-39, 2.0**118, 2.0**119, 2.0**120])
-    second = torch.cat([powers, -powers, 2.0**-8 * fractions, torch.zeros(1)])
-    return first.to(BF16), second.to(BF16)
+def summands(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two vectors whose sums lie anywhere between neighbours of a dtype, often in the middle, and beyond all."""
+    unit, info = UNIT[dtype], torch.finfo(dtype)
+    fractions = 1 + torch.arange(0, 128, 5) * 2 * unit
+    special = [
+        math.inf,
+        -math.inf,
+        math.nan,
+        0.0,
+        info.smallest_normal / 100,
+        info.smallest_normal,
+        info.max,
+        info.max / 3,
+    ]
+    first = torch.cat([fractions, -fractions, torch.tensor(special)])
+    large = [info.max * unit * f for f in (0.25, 0.5, 1.0)]
+    powers = torch.tensor([unit / 4, unit / 2, unit, 2 * unit, 0.5, 1.0, info.smallest_normal / 4, *large])
+    second = torch.cat([powers, -powers, unit * fractions, torch.zeros(1)])
+    return first.to(dtype), second.to(dtype)
 
 
-def test_the_summands_have_ties() -> None:
+@narrow
+def test_the_summands_have_ties(dtype: torch.dtype) -> None:
     """Both to be rounded up and to be rounded down, of both signs."""
-    first, second = summands()
+    first, second = summands(dtype)
     sums = first.float()[:, None] + second.float()
-    bits = sums[sums.isfinite()].view(torch.int32)
-    ties = bits[(bits & 0xFFFF) == 0x8000]
-    assert {(bool(b < 0), int(b >> 16) & 1) for b in ties} == {(s, odd) for s in (False, True) for odd in (0, 1)}
-    assert (sums.isfinite() & sums.to(BF16).isinf()).any()
+    dropped = 16 if dtype is BF16 else 13  # bits of a normal number
+    bits = sums[sums.isfinite() & (sums.abs() >= torch.finfo(dtype).smallest_normal)].view(torch.int32)
+    ties = bits[(bits & ((1 << dropped) - 1)) == 1 << (dropped - 1)]
+    assert {(bool(b < 0), int(b >> dropped) & 1) for b in ties} == {(s, odd) for s in (False, True) for odd in (0, 1)}
+    assert (sums.isfinite() & sums.to(dtype).isinf()).any()
 
 
+@narrow
 @pytest.mark.parametrize("schedule", ["unpacked", "packed"])
-def test_stores_round_to_nearest_even(schedule: str, instruction_set: str) -> None:
+def test_stores_round_to_nearest_even(schedule: str, dtype: torch.dtype, instruction_set: str) -> None:
     """A rectifier of x + b, in the lanes of whole vectors and of the last."""
     use(schedule)
-    x, bias = summands()
+    x, bias = summands(dtype)
     for hidden in (len(bias), len(bias) - 1, 7, 1):
         for rows in (len(x), 7, 1):
-            y = torch.full((rows, hidden), math.nan, dtype=BF16)
-            weights = torch.ones(hidden, 1, dtype=BF16), torch.zeros(hidden, hidden, dtype=BF16), bias[-hidden:], None
+            y = torch.full((rows, hidden), math.nan, dtype=dtype)
+            weights = torch.ones(hidden, 1, dtype=dtype), torch.zeros(hidden, hidden, dtype=dtype), bias[-hidden:], None
             _cpu.forward("rnn_relu", x[-rows:, None], None, None, weights, y, y, None, (), None, 1)
             factor = x[-rows:, None].float()
-            if multiplies_bfloat16() and schedule == "packed":
+            if narrow_products(dtype) and schedule == "packed":
                 factor = flushed(factor)
-            assert_same_numbers(y, torch.relu(factor + bias[-hidden:].float()).to(BF16))
+            assert_same_numbers(y, torch.relu(factor + bias[-hidden:].float()).to(dtype))
 
 
+@narrow
 @pytest.mark.parametrize("batch", [3, 60])
-def test_gradients_round_to_nearest_even(batch: int, instruction_set: str) -> None:
+def test_gradients_round_to_nearest_even(batch: int, dtype: torch.dtype, instruction_set: str) -> None:
     """dx = g + w of either sign: with a rectifier that lets two gradients pass, g and 1, and weights 1 and w."""
-    g, w = summands()
+    g, w = summands(dtype)
     g, w = g[g.isfinite()][-batch:], w[w.isfinite()]
     rows, inputs = len(g), len(w)
-    ones = torch.ones(rows, 2, dtype=BF16)
-    weights = torch.stack([torch.ones_like(w), w]), torch.zeros(2, 2, dtype=BF16), None, None
-    dx = torch.full((rows, inputs), math.nan, dtype=BF16)
+    ones = torch.ones(rows, 2, dtype=dtype)
+    weights = torch.stack([torch.ones_like(w), w]), torch.zeros(2, 2, dtype=dtype), None, None
+    dx = torch.full((rows, inputs), math.nan, dtype=dtype)
     grad_y = torch.stack([g, torch.ones_like(g)], 1)
-    x = torch.zeros(rows, inputs, dtype=BF16)
+    x = torch.zeros(rows, inputs, dtype=dtype)
     gradients = {"grad_y": grad_y, "grad_h_n": None, "grad_c_n": None, "grad_cells": None}
     results = {"dx": dx, "dh0": None, "dc0": None, "dweights": (None,) * 4, "dgates": None}
     operands = {"x": x, "h0": None, "c0": None, "weights": weights, "y": ones, "kept": (None, None)}
     _cpu.backward(cell="rnn_relu", **operands, **gradients, **results, batch_sizes=None, threads=1)
     g, w = g.float()[:, None], w.float()
-    if multiplies_bfloat16():
+    if narrow_products(dtype):
         g, w = flushed(g), flushed(w)
-    assert_same_numbers(dx, (g + w).to(BF16))
+    assert_same_numbers(dx, (g + w).to(dtype))
 
 
+@narrow
 @pytest.mark.parametrize("hidden", [1, 7, 251, 256])
-def test_every_value_passes_unchanged(hidden: int, instruction_set: str) -> None:
+def test_every_value_passes_unchanged(hidden: int, dtype: torch.dtype, instruction_set: str) -> None:
     """Through an LSTM whose forget gate is 1 and whose input is 0, and its gradient back; NaN stays NaN."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(BF16)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     batch = -(-len(every) // hidden)
     states = torch.cat([every, every[: batch * hidden - len(every)]]).view(batch, hidden)
     assert states.isnan().any()
     assert states.isinf().any()
     layer = Layer((batch,), hidden, inputs=1)
-    forward = forward_operands("lstm", layer, BF16)
-    gates = torch.zeros(4, hidden, dtype=BF16)
+    forward = forward_operands("lstm", layer, dtype)
+    gates = torch.zeros(4, hidden, dtype=dtype)
     gates[1] = 60.0
     zeros = [torch.zeros_like(w) for w in forward["weights"][:2]]
-    c_n = torch.full((1, batch, hidden), math.nan, dtype=BF16)
+    c_n = torch.full((1, batch, hidden), math.nan, dtype=dtype)
     forward |= {"h0": None, "c0": states[None], "weights": (*zeros, gates.flatten(), None), "c_n": c_n}
     _cpu.forward(*forward.values())
     assert_same_numbers(c_n[0], states)
@@ -396,28 +426,28 @@ def _table() -> tuple[Case, ...]:
     return tuple(cases)
 
 
-def run(case: Case, library: ModuleType) -> dict[str, Tensor]:
-    module = case.module(library, BF16)
-    x, states = case.operands(BF16)
+def run(case: Case, library: ModuleType, dtype: torch.dtype) -> dict[str, Tensor]:
+    module = case.module(library, dtype)
+    x, states = case.operands(dtype)
     outputs = case.run(module, x, states)
-    assert all(t.dtype is BF16 for t in outputs.values())
+    assert all(t.dtype is dtype for t in outputs.values())
     return outputs | gradients(module, x, states, outputs)
 
 
 @cache
-def truth(case: Case) -> dict[str, Tensor]:
+def truth(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """The textbook in float64, of the same values."""
-    module = case.module(torch.nn, BF16).double()
-    x, states = case.operands(BF16)
+    module = case.module(torch.nn, dtype).double()
+    x, states = case.operands(dtype)
     x, *states = (t.detach().double().requires_grad_() for t in (x, *states))
     outputs = case.run_reference(module, x, tuple(states))
-    weights = {name: w.double() for name, w in result_weights({k: t.to(BF16) for k, t in outputs.items()}).items()}
+    weights = {name: w.double() for name, w in result_weights({k: t.to(dtype) for k, t in outputs.items()}).items()}
     return outputs | gradients(module, x, tuple(states), outputs, weights=weights)
 
 
 @cache
-def errors_of_torch(case: Case) -> dict[str, float]:
-    return errors(run(case, torch.nn), truth(case))
+def errors_of_torch(case: Case, dtype: torch.dtype) -> dict[str, float]:
+    return errors(run(case, torch.nn, dtype), truth(case, dtype))
 
 
 def errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
@@ -429,24 +459,26 @@ def errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float
     }
 
 
+@narrow
 @pytest.mark.parametrize("case", _table(), ids=str)
-def test_as_accurate_as_torch(case: Case, instruction_set: str) -> None:
-    x, states = case.operands(BF16)
-    assert pyrnnfast.explain(case.module(pyrnnfast, BF16), case.packed(x), case.hx(states)).path == "fused"
-    theirs = errors_of_torch(case)
-    for name, error in errors(run(case, pyrnnfast), truth(case)).items():
-        if multiplies_bfloat16() and case.cell == "rnn_relu" and name.startswith("grad"):
+def test_as_accurate_as_torch(case: Case, dtype: torch.dtype, instruction_set: str) -> None:
+    x, states = case.operands(dtype)
+    assert pyrnnfast.explain(case.module(pyrnnfast, dtype), case.packed(x), case.hx(states)).path == "fused"
+    theirs = errors_of_torch(case, dtype)
+    for name, error in errors(run(case, pyrnnfast, dtype), truth(case, dtype)).items():
+        if narrow_products(dtype) and case.cell == "rnn_relu" and name.startswith("grad"):
             # A rectifier's derivative jumps: whose h is rounded across zero is a matter of luck. On average, see below.
             continue
-        assert error <= 2 * theirs[name] + UNIT, f"{name}: error {error:.2e}, torch's {theirs[name]:.2e}"
+        assert error <= 2 * theirs[name] + UNIT[dtype], f"{name}: error {error:.2e}, torch's {theirs[name]:.2e}"
 
 
+@narrow
 @pytest.mark.parametrize("cell", CELLS)
-def test_more_accurate_than_torch_on_average(cell: str, instruction_set: str) -> None:
+def test_more_accurate_than_torch_on_average(cell: str, dtype: torch.dtype, instruction_set: str) -> None:
     """torch rounds more than the state of each step; the gradients of rectifiers are among these."""
     ours, theirs = [], []
     for case in _table():
         if case.cell == cell:
-            ours += errors(run(case, pyrnnfast), truth(case)).values()
-            theirs += errors_of_torch(case).values()
+            ours += errors(run(case, pyrnnfast, dtype), truth(case, dtype)).values()
+            theirs += errors_of_torch(case, dtype).values()
     assert sum(ours) < sum(theirs)
