@@ -3,8 +3,8 @@
 The sum of three parts:
 
 - The matrix products, at the measured peak of products. A matrix has to be read at every use, so a product is no faster
-  than reading its weights at the bandwidth measured for a buffer of their size: at every step for a recurrent product,
-  once for those over all steps. A first step without a state has no recurrent product.
+  than reading its weights at the bandwidth measured for a buffer of their size: at every step for a recurrent product
+  or a projection, once for those over all steps. A first step without a state has no recurrent product.
 - One pointwise pass over the gates, the numbers of functions and products of which are in :data:`POINTWISE`.
 - In training, writing and reading the saved activations, at the bandwidths measured for a buffer of their size. Its
   pages are warm: what the system takes to hand out fresh ones is not part of the limit.
@@ -51,21 +51,21 @@ class Speeds(Protocol):
 
 def limit(row: Row, machine: Speeds) -> float:
     """Seconds of one call of the row."""
-    hidden = row.shape[3]
+    hidden, outputs, gates = row.shape[3], row.outputs, GATES[row.cell] * row.shape[3]
     batch_sizes = row.batch_sizes
     carried = batch_sizes if row.has_state else batch_sizes[1:]  # of the steps with a recurrent product
     training = row.mode == "training"
     seconds = 0.0
     for layer in range(row.layers):
-        inputs = row.shape[2] if layer == 0 else row.directions * hidden
-        to_gates = _product(row, machine, sum(batch_sizes), inputs)
-        recurrent = sum(_product(row, machine, batch, hidden) for batch in carried)
-        products = to_gates + recurrent
-        if training:
-            products += to_gates + recurrent  # of the input and of the states
-            products += _flops(row, sum(batch_sizes), inputs) / machine.peak(row.threads, row.dtype)
-            products += _flops(row, sum(carried), hidden) / machine.peak(row.threads, row.dtype)
-        seconds += row.directions * products
+        inputs = row.shape[2] if layer == 0 else row.directions * outputs
+        # Rows of each product, and the sizes of its weights.
+        used = [([sum(batch_sizes)], gates, inputs), (carried, gates, outputs)]
+        used += [(batch_sizes, outputs, hidden)] if row.kind == "projected" else []
+        for rows, height, width in used:
+            products = sum(_product(row, machine, n, height, width) for n in rows)
+            if training:  # the same for the gradients of what was multiplied, and that of the weights
+                products += products + _flops(sum(rows), height, width) / machine.peak(row.threads, row.dtype)
+            seconds += row.directions * products
     units = row.layers * row.directions * sum(batch_sizes) * hidden
     for part in POINTWISE[row.cell][: 2 if training else 1]:
         seconds += units * _pointwise(part, machine) / row.threads
@@ -75,16 +75,16 @@ def limit(row: Row, machine: Speeds) -> float:
     return seconds
 
 
-def _flops(row: Row, rows: int, width: int) -> float:
-    """Of a product of so many rows with the gates' weights of so many columns."""
-    return 2.0 * rows * GATES[row.cell] * row.shape[3] * width
+def _flops(rows: int, height: int, width: int) -> float:
+    """Of a product of so many rows with weights [height, width]."""
+    return 2.0 * rows * height * width
 
 
-def _product(row: Row, machine: Speeds, rows: int, width: int) -> float:
+def _product(row: Row, machine: Speeds, rows: int, height: int, width: int) -> float:
     """Seconds of that product, at the lesser of the peak and the speed of reading the weights."""
-    weights = GATES[row.cell] * row.shape[3] * width * DTYPES[row.dtype].itemsize
+    weights = height * width * DTYPES[row.dtype].itemsize
     return max(
-        _flops(row, rows, width) / machine.peak(row.threads, row.dtype), weights / machine.read(row.threads, weights)
+        _flops(rows, height, width) / machine.peak(row.threads, row.dtype), weights / machine.read(row.threads, weights)
     )
 
 

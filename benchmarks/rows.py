@@ -49,6 +49,8 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "cell": ((1, 1, 128, 128), (1, 32, 128, 128)),
     # A layer that is fed one step at a time, with the state that it gave last.
     "streaming": ((1, 1, 128, 128), (1, 1, 512, 512)),
+    # An LSTM whose h is projected to half of its units.
+    "projected": ((1, 1, 256, 512), (100, 1, 256, 512), (100, 16, 256, 512), (50, 64, 512, 1024)),
 }
 KINDS = tuple(SHAPES)
 
@@ -73,6 +75,11 @@ class Row:
     @property
     def directions(self) -> int:
         return 2 if self.kind == "stacked" else 1
+
+    @property
+    def outputs(self) -> int:
+        """Columns of h of each direction."""
+        return self.shape[3] // 2 if self.kind == "projected" else self.shape[3]
 
     @property
     def lengths(self) -> list[int]:
@@ -103,7 +110,7 @@ def table(
 ) -> Iterator[Row]:
     """The rows of these kinds and so on; shapes: instead of those of each kind."""
     for dtype, kind, cell, mode in itertools.product(dtypes, kinds, cells, modes):
-        if kind == "streaming" and mode == "training":
+        if (kind == "streaming" and mode == "training") or (kind == "projected" and cell != "lstm"):
             continue
         for shape, n in itertools.product(shapes or SHAPES[kind], threads):
             if kind in ("cell", "streaming") and shape[0] != 1:
@@ -123,7 +130,8 @@ def module(row: Row, ours: bool) -> torch.nn.Module:
     if row.kind == "cell":
         stock = _SINGLE_STEPS[row.cell](inputs, hidden)
     else:
-        stock = CELLS[row.cell](inputs, hidden, num_layers=row.layers, bidirectional=row.directions == 2)
+        options = {"proj_size": row.outputs} if row.kind == "projected" else {}
+        stock = CELLS[row.cell](inputs, hidden, num_layers=row.layers, bidirectional=row.directions == 2, **options)
     stock.to(DTYPES[row.dtype])
     return pyrnnfast.replace(stock) if ours else stock
 
@@ -174,7 +182,7 @@ def step(row: Row, module: torch.nn.Module) -> Step:
 
     leaves = [t.requires_grad_() for t in (*_flat(x), *_flat(state))] + list(module.parameters())
     output_rows = sum(row.batch_sizes)
-    gradient = _random(output_rows, row.directions * row.shape[3], seed=4).to(DTYPES[row.dtype])
+    gradient = _random(output_rows, row.directions * row.outputs, seed=4).to(DTYPES[row.dtype])
 
     def train() -> list[Tensor]:
         y = _flat(module(x, state))[0]

@@ -24,7 +24,7 @@ struct StepForward {
 };
 
 // Backward, in: ∂L/∂h of this step, complete; the carried gradient; states and saved values of the forward step.
-//          out: gate gradients and the gradient to carry to the step before.
+//          out: gate gradients and the gradient to carry to the step before; of an LSTM h again.
 template <class V>
 struct StepBackward {
   V dh, carry;
@@ -43,7 +43,7 @@ template <bool Relu>
 struct Rnn {
   static constexpr int gates = 1, saved = 0, dgates = 1, segments = 1;
   static constexpr Segment segment[segments] = {{0, 1}};
-  static constexpr bool has_cell = false, has_carry = false, has_bias_hn = false;
+  static constexpr bool has_cell = false, has_carry = false, has_bias_hn = false, projects = false;
   static constexpr bool forward_reads_h_prev = false;
   static constexpr bool backward_reads_h = true, backward_reads_h_prev = false;
 
@@ -72,7 +72,7 @@ struct Rnn {
 struct Gru {
   static constexpr int gates = 3, saved = 4, dgates = 4, segments = 2;
   static constexpr Segment segment[segments] = {{0, 2}, {3, 1}};
-  static constexpr bool has_cell = false, has_carry = true, has_bias_hn = true;
+  static constexpr bool has_cell = false, has_carry = true, has_bias_hn = true, projects = false;
   static constexpr bool forward_reads_h_prev = true;
   static constexpr bool backward_reads_h = false, backward_reads_h_prev = true;
 
@@ -108,7 +108,7 @@ struct Gru {
 struct Lstm {
   static constexpr int gates = 4, saved = 4, dgates = 4, segments = 1;
   static constexpr Segment segment[segments] = {{0, 4}};
-  static constexpr bool has_cell = true, has_carry = true, has_bias_hn = false;
+  static constexpr bool has_cell = true, has_carry = true, has_bias_hn = false, projects = false;
   static constexpr bool forward_reads_h_prev = false;
   static constexpr bool backward_reads_h = false, backward_reads_h_prev = false;
 
@@ -137,7 +137,14 @@ struct Lstm {
     s.dgates[2] = dc * i * (one - g * g);
     s.dgates[3] = s.dh * tanh_c * (o * (one - o));
     s.carry = dc * f;
+    s.h = o * tanh_c;
   }
+};
+
+// Sak, Senior & Beaufays 2014: the state is W_hr h, of fewer units, and the h here goes no further. The passes do the
+// projection; backward, `h` is an output, for the gradient of W_hr.
+struct ProjectedLstm : Lstm {
+  static constexpr bool projects = true;
 };
 
 }  // namespace

@@ -204,38 +204,49 @@ void add_mask(Problem& p, const LayerOperands& o, const Rules& rules) {
   }
 }
 
-// Of one direction, four.
+// Of one direction, four, or five where h is projected.
 void add_weight_gradients(Backward& p, const Operand* dweights, const Door& door) {
   const int64_t rows = widths_of(p.cell).gates * p.hidden;
   p.dweight_ih = door.matrix(dweights[0], "dweight_ih", rows, p.inputs, Need::optional);
-  p.dweight_hh = door.matrix(dweights[1], "dweight_hh", rows, p.hidden, Need::optional);
+  p.dweight_hh = door.matrix(dweights[1], "dweight_hh", rows, p.outputs, Need::optional);
   p.dbias_ih = door.matrix(dweights[2], "dbias_ih", 1, rows, Need::optional);
   p.dbias_hh = door.matrix(dweights[3], "dbias_hh", 1, rows, Need::optional);
+  if (p.cell == CellKind::projected_lstm)
+    p.dweight_hr = door.matrix(dweights[4], "dweight_hr", p.outputs, p.hidden, Need::optional);
 }
+
+// How many weights a direction has: five with a projection, as these are all of one or of two directions.
+size_t weights_each(const LayerOperands& o) { return !o.weights.empty() && o.weights.size() % 5 == 0 ? 5 : 4; }
 
 // What the passes have in common. Calls fill(problem, d, door) for the rest of each direction.
 template <class P, class Fill>
 Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Rules& rules, bool backward,
                        const Fill& fill) {
-  const CellKind kind = check_cell(cell);
+  const size_t each = weights_each(o);
+  const CellKind given = check_cell(cell), kind = each == 5 ? CellKind::projected_lstm : given;
+  if (each == 5 && !(given == CellKind::lstm && rules.projections))
+    fail("a projection does not apply to this cell or device");
   const Widths& w = widths_of(kind);
   require_rows(o.x, "x");
   require_rows(o.y, "y");
   const Dtype dtype = dtype_of(o.x, "x");
   const Door door(o.x.type, o.x, rules), cells_door = door_of_cells(o.x, rules);
-  const auto D = static_cast<int64_t>(o.weights.size()) / 4;
-  if (!(D * 4 == static_cast<int64_t>(o.weights.size()) && (D == 1 || D == 2)))
+  const auto D = static_cast<int64_t>(o.weights.size() / each);
+  if (!(o.weights.size() % each == 0 && (D == 1 || D == 2)))
     fail("weights must be four for each of one or two directions, got " + std::to_string(o.weights.size()));
   if (!(o.kept.size() == static_cast<size_t>(2 * D) || (o.kept.empty() && !backward)))
     fail("kept must be two for each direction, got " + std::to_string(o.kept.size()));
   const int last = o.x.dimensions - 1;
   const int64_t N = last == 2 ? checked_product(o.x.shape[0], o.x.shape[1]) : o.x.shape[0];
-  const int64_t I = o.x.shape[last], DH = o.y.shape[o.y.dimensions - 1], H = DH / D;
+  const int64_t I = o.x.shape[last], outputs = o.y.shape[o.y.dimensions - 1] / D;
+  // The rows of W_hr are as long as the cell state; what is no matrix is refused below.
+  const int64_t H = each == 5 ? o.weights[4].shape[1] : outputs;
+  require_size(outputs, each == 5 ? "projected size" : "hidden size");
   require_size(H, "hidden size");
   require_size(I, "number of input features");
   // Before anything is allocated for so many rows: they exist.
   const Matrix x = door.matrix(o.x, "x", N, I, Need::always);
-  const Matrix y = door.matrix(o.y, "y", N, D * H, Need::always);
+  const Matrix y = door.matrix(o.y, "y", N, D * outputs, Need::always);
   if (!(last == 1 || !o.batch_sizes.present)) fail("packed x must have two dimensions");
   Checked<P> call{o.batch_sizes.present ? check_batch_sizes(o.batch_sizes, N) : dense_offsets(N, o.x.shape[last - 1]),
                   {}};
@@ -247,16 +258,20 @@ Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Ru
     p.batch = call.offsets[1];
     p.inputs = I;
     p.hidden = H;
+    p.outputs = outputs;
     p.offsets = call.offsets.data();
     p.reverse = d == 1;
-    const auto weight = [&](int i) -> const Operand& { return o.weights[static_cast<size_t>(4 * d + i)]; };
+    const auto weight = [&](int i) -> const Operand& {
+      return o.weights[each * static_cast<size_t>(d) + static_cast<size_t>(i)];
+    };
     p.x = x;
-    p.y = door.columns_from(y, d * H);
+    p.y = door.columns_from(y, d * outputs);
     p.weight_ih = door.matrix(weight(0), "weight_ih", w.gates * H, I, Need::always);
-    p.weight_hh = door.matrix(weight(1), "weight_hh", w.gates * H, H, Need::always);
+    p.weight_hh = door.matrix(weight(1), "weight_hh", w.gates * H, outputs, Need::always);
     p.bias_ih = door.matrix(weight(2), "bias_ih", 1, w.gates * H, Need::optional);
     p.bias_hh = door.matrix(weight(3), "bias_hh", 1, w.gates * H, Need::optional);
-    p.h0 = door.of_direction(o.h0, "h0", d, D, p.batch, H, Need::optional);
+    if (each == 5) p.weight_hr = door.matrix(weight(4), "weight_hr", outputs, H, Need::always);
+    p.h0 = door.of_direction(o.h0, "h0", d, D, p.batch, outputs, Need::optional);
     p.c0 = door.of_direction(o.c0, "c0", d, D, p.batch, H, when(w.cell, Need::optional));
     if (!o.kept.empty()) {
       const Need need = backward ? Need::always : Need::optional;
@@ -324,8 +339,8 @@ int check_threads(int64_t threads) {
 
 Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& o, const Rules& rules) {
   return check_layer<Forward>(cell, o, rules, false, [&](Forward& p, int64_t d, const Door& door) {
-    const auto D = static_cast<int64_t>(o.weights.size()) / 4;
-    p.h_n = door.of_direction(o.h_n, "h_n", d, D, p.batch, p.hidden, Need::always);
+    const auto D = static_cast<int64_t>(o.weights.size() / weights_each(o));
+    p.h_n = door.of_direction(o.h_n, "h_n", d, D, p.batch, p.outputs, Need::always);
     p.c_n = door.of_direction(o.c_n, "c_n", d, D, p.batch, p.hidden, when(widths_of(p.cell).cell));
   });
 }
@@ -334,21 +349,22 @@ Checked<Backward> check_backward(const std::string& cell, const BackwardOperands
   const size_t weights = o.weights.size();
   if (o.dweights.size() != weights) fail("dweights must be as many as weights");
   return check_layer<Backward>(cell, o, rules, true, [&](Backward& p, int64_t d, const Door& door) {
-    const auto D = static_cast<int64_t>(weights) / 4;
-    const int64_t N = p.offsets[p.steps], B = p.batch, I = p.inputs, H = p.hidden;
+    const size_t each = weights_each(o);
+    const auto D = static_cast<int64_t>(weights / each);
+    const int64_t N = p.offsets[p.steps], B = p.batch, I = p.inputs, H = p.hidden, P = p.outputs;
     const Widths& w = widths_of(p.cell);
-    p.grad_y = door.columns_from(door.matrix(o.grad_y, "grad_y", N, D * H, Need::optional), d * H);
-    p.grad_h_n = door.of_direction(o.grad_h_n, "grad_h_n", d, D, B, H, Need::optional);
+    p.grad_y = door.columns_from(door.matrix(o.grad_y, "grad_y", N, D * P, Need::optional), d * P);
+    p.grad_h_n = door.of_direction(o.grad_h_n, "grad_h_n", d, D, B, P, Need::optional);
     p.grad_c_n = door.of_direction(o.grad_c_n, "grad_c_n", d, D, B, H, when(w.cell, Need::optional));
     const Door cells_door = door_of_cells(o.x, rules);
     const Need of_cells = when(w.cell, Need::optional);
     p.grad_cells = cells_door.columns_from(cells_door.matrix(o.grad_cells, "grad_cells", N, D * H, of_cells), d * H);
     p.dx = door.matrix(o.dx, "dx", N, I, Need::optional);
     p.add_to_dx = d > 0;
-    add_weight_gradients(p, &o.dweights[static_cast<size_t>(4 * d)], door);
+    add_weight_gradients(p, &o.dweights[each * static_cast<size_t>(d)], door);
     p.dgates =
         door.columns_from(door.matrix(o.dgates, "dgates", N, D * w.dgates * H, Need::optional), d * w.dgates * H);
-    p.dh0 = door.of_direction(o.dh0, "dh0", d, D, B, H, Need::optional);
+    p.dh0 = door.of_direction(o.dh0, "dh0", d, D, B, P, Need::optional);
     p.dc0 = door.of_direction(o.dc0, "dc0", d, D, B, H, when(w.cell, Need::optional));
   });
 }
@@ -368,7 +384,7 @@ Checked<Backward> check_weight_gradients(const std::string& cell, const Operand&
   const int64_t N = x.shape[0];
   if (N <= 0) fail("x has no rows");
   p.inputs = x.shape[1];
-  p.hidden = states.shape[states.dimensions - 1];
+  p.hidden = p.outputs = states.shape[states.dimensions - 1];
   require_size(p.hidden, "hidden size");
   require_size(p.inputs, "number of input features");
   const Door door(x.type, x, kCpuRules);

@@ -18,8 +18,9 @@ enum class Memory { cpu, cuda, other };
 struct Rules {
   Memory memory;
   bool masks;  // lengths and resets
+  bool projections;
 };
-inline constexpr Rules kCpuRules{Memory::cpu, false}, kCudaRules{Memory::cuda, true};
+inline constexpr Rules kCpuRules{Memory::cpu, false, true}, kCudaRules{Memory::cuda, true, false};
 
 // Of the types that the kernels know.
 int64_t bytes_of(ElementType type);
@@ -39,9 +40,9 @@ struct Operand {
 // Backward (problem.h), which hold one direction of it.
 struct LayerOperands {
   Operand x;                     // [T, B, I]; [N, I] with batch_sizes; [B, I]: one step
-  Operand h0, c0;                // [D, B, H], or [B, H] where D = 1
-  std::vector<Operand> weights;  // weight_ih, weight_hh, bias_ih, bias_hh of each direction
-  Operand y;                     // as x, with D·H columns
+  Operand h0, c0;                // [D, B, H], or [B, H] where D = 1; of a projected LSTM h0 has P columns
+  std::vector<Operand> weights;  // weight_ih, weight_hh, bias_ih, bias_hh[, weight_hr] of each direction
+  Operand y;                     // as x, with D·H columns, or D·P
   std::vector<Operand> kept;     // saved, cells of each direction; empty: nothing is kept for backward
   Operand batch_sizes;           // [T], absent: dense
   Operand lengths;               // [B], of padded data: how many steps of each sequence are real; beyond 0 … T as near

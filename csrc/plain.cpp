@@ -16,8 +16,9 @@ namespace pyrnnfast {
 namespace {
 
 std::vector<Operand> weights_of_layer(const std::vector<Operand>& all, const Form& form, int64_t layer) {
-  const auto begin = all.begin() + 4 * layer * form.directions;
-  return {begin, begin + 4 * form.directions};
+  const auto each = static_cast<int64_t>(all.size()) / form.runs();
+  const auto begin = all.begin() + each * layer * form.directions;
+  return {begin, begin + each * form.directions};
 }
 
 // [D, B, H] of a layer out of [layers·D, B, H].
@@ -62,13 +63,16 @@ struct Stack {
   // [layers·D·N, saved·H], with the cell states behind them, [layers·D·N, (saved + 1)·H], or, of narrow data, in a
   // tensor of their own, whose elements are wider.
   Operand gates, cells;
-  // Of the lower layers, [slots·N, D·H]: all of them where they are kept, else each layer reads one and writes another.
+  // Of the lower layers, [slots·N, width]: all of them where they are kept, else each layer reads one and writes
+  // another.
   Operand outputs;
   int64_t slots = 0;
 
   int64_t rows() const { return rows_of(x); }
-  int64_t hidden() const { return weights[1].shape[1]; }
-  int64_t width() const { return form.directions * hidden(); }
+  // Of h, P of an LSTM with projections and else H, and of all else that a unit has.
+  int64_t columns_of_h() const { return weights[1].shape[1]; }
+  int64_t hidden() const { return form.projects(weights) ? weights[4].shape[1] : columns_of_h(); }
+  int64_t width() const { return form.directions * columns_of_h(); }
   bool has_cell() const { return form.widths->cell; }
   bool cells_apart() const { return has_cell() && (x.type == ElementType::bfloat16 || x.type == ElementType::float16); }
   // Of `gates`, in units of H.
@@ -139,7 +143,8 @@ py::object forward_plain(const Arguments& arguments, const Backend& backend) {
     for (int i = 0; i < (lstm ? 2 : 1); ++i) {
       const py::handle state = lstm ? py::handle(PyTuple_GET_ITEM(hx.ptr(), i)) : hx;
       // At most as many as there are rows; what does not fit is found out later.
-      if (!reader.read_states(state, s.layout, *states[i], s.form.runs() * s.rows() * hidden)) return py::none();
+      const int64_t columns = i == 0 ? s.columns_of_h() : hidden;
+      if (!reader.read_states(state, s.layout, *states[i], s.form.runs() * s.rows() * columns)) return py::none();
       if (states[i]->dimensions == 3 && states[i]->shape[0] != s.form.runs()) return py::none();
       keep = keep || (grad && requires_grad(state));
     }
@@ -153,7 +158,7 @@ py::object forward_plain(const Arguments& arguments, const Backend& backend) {
     }
     Operand h_n, c_n;
     const py::object y_tensor = new_rows(call.x, s.x, s.layout, s.width(), s.y);
-    const py::object h_tensor = step ? y_tensor : new_states(call.x, s.form, s.layout, B, hidden, h_n);
+    const py::object h_tensor = step ? y_tensor : new_states(call.x, s.form, s.layout, B, s.columns_of_h(), h_n);
     if (step) h_n = s.y;
     const py::object c_tensor = lstm ? new_states(call.x, s.form, s.layout, B, hidden, c_n) : py::none();
     py::list blocks;
@@ -256,13 +261,14 @@ py::tuple backward_plain(const Arguments& arguments, const Backend& backend) {
   if (wanted(0, 0)) gradients[0] = new_rows(call.x, s.x, s.layout, s.x.shape[s.x.dimensions - 1], dx);
   const auto add_states = [&](size_t i, py::handle like, const Operand& o, Operand& gradient) {
     if (!o.present || !wanted(i, 0)) return;
-    gradients[i] = new_states(like, s.form, s.layout, o.shape[o.dimensions - 2], H, gradient);
+    const int last = o.dimensions - 1;
+    gradients[i] = new_states(like, s.form, s.layout, o.shape[last - 1], o.shape[last], gradient);
   };
   add_states(1, h0, s.h0, dh0);
   add_states(2, c0, s.c0, dc0);
   const size_t each = call.weights.size() / static_cast<size_t>(s.form.runs());
   for (size_t i = 0; i < call.weights.size(); ++i) {
-    const size_t run = i / each, at = 4 * run + i % each;
+    const size_t run = i / each, at = s.form.place_of(i, each);
     if (!wanted(3 + i, static_cast<int64_t>(run) / s.form.directions)) continue;
     const py::object gradient = new_empty(call.weights[i], s.weights[at].shape, s.weights[at].dimensions);
     dweights[at] = read_tensor(gradient, "gradient");

@@ -114,10 +114,12 @@ bool Reader::read_states(py::handle tensor, Layout layout, Operand& o, int64_t e
 bool Reader::read_weights(const py::tuple& given, const Form& form, std::vector<Operand>& weights) {
   const auto runs = static_cast<size_t>(form.runs());
   const size_t each = given.size() / runs;
-  if (each * runs != given.size() || (each != 2 && each != 4)) return false;
-  weights.resize(4 * runs);
+  if (each * runs != given.size() || each < 2 || each > 5 || (form.single_step && each % 2 != 0)) return false;
+  const size_t places = each % 2 == 0 ? 4 : 5;
+  weights.resize(places * runs);
   for (size_t i = 0; i < given.size(); ++i) {
-    if (!read(given[i], i % each < 2 ? 2 : 1, weights[i / each * 4 + i % each])) return false;
+    const size_t place = Form::place_of(i, each), kind = place % places;
+    if (!read(given[i], kind == 2 || kind == 3 ? 1 : 2, weights[place])) return false;
   }
   return true;
 }

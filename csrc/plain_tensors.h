@@ -20,6 +20,16 @@ struct Form {
   bool single_step = false, batch_first = false;
 
   int64_t runs() const { return layers * directions; }
+  // Of all weights as Reader::read_weights has them.
+  bool projects(const std::vector<Operand>& weights) const {
+    return static_cast<int64_t>(weights.size()) == 5 * runs();
+  }
+  // Where it has weight number i of those of a call, which has `each` for a layer and direction.
+  static size_t place_of(size_t i, size_t each) {
+    const size_t kind = i % each;
+    if (each % 2 == 0) return i / each * 4 + kind;
+    return i / each * 5 + (kind + 1 == each ? 4 : kind);
+  }
 };
 
 // The operands that both passes of a call have; see plain.h.
@@ -55,7 +65,8 @@ class Reader {
   bool read_x(const PlainCall& call, const Form& form, int64_t inputs, Layout& layout, Operand& o);
   // The same of states: as [layers·D, B, H] or, of steps, [B, H].
   bool read_states(pybind11::handle tensor, Layout layout, Operand& o, int64_t expanded = 0);
-  // The same of the weights of each layer and direction, by fours; biases that there are not are absent.
+  // The same of the weights of each layer and direction, by fours, or by fives with projections; biases that there are
+  // not are absent.
   bool read_weights(const pybind11::tuple& given, const Form& form, std::vector<Operand>& weights);
 
  private:

@@ -10,10 +10,11 @@
 
 namespace pyrnnfast {
 
-enum class CellKind { rnn_tanh, rnn_relu, gru, lstm };
+// The last one is an LSTM with a projection (cells.h), on the CPU alone.
+enum class CellKind { rnn_tanh, rnn_relu, gru, lstm, projected_lstm };
 // Of the operands in memory. What is computed with, and the running cell state, is float32 where they are narrower.
 enum class Dtype { float32, float64, bfloat16, float16 };
-inline constexpr int kCellKinds = 4, kDtypes = 4;
+inline constexpr int kCellKinds = 5, kDtypes = 4;
 
 // Rows of contiguous elements, `stride` elements apart. A null address says that the operand is absent.
 struct Matrix {
@@ -28,6 +29,7 @@ struct Problem {
   int64_t batch = 0;                 // B, at the first step
   int64_t inputs = 0;                // I
   int64_t hidden = 0;                // H
+  int64_t outputs = 0;               // P: of y, h0 and h_n, and of their gradients; H where nothing is projected
   const int64_t* offsets = nullptr;  // [T + 1]
   bool reverse = false;              // from the last step to the first
   // For CUDA alone, with a constant batch size, and in the device's memory: see Flow in cuda/elements.h.
@@ -36,32 +38,34 @@ struct Problem {
   int64_t next_reset_step = 0, next_reset_row = 0;  // elements from one to the next
   Matrix x;                                         // [N, I]
   Matrix weight_ih;                                 // [G·H, I]
-  Matrix weight_hh;                                 // [G·H, H]
+  Matrix weight_hh;                                 // [G·H, P]
+  Matrix weight_hr;                                 // [P, H], of a projected LSTM
   Matrix bias_ih, bias_hh;                          // [1, G·H], absent: zeros
-  Matrix h0, c0;                                    // [B, H], absent: zeros
+  Matrix h0, c0;                                    // [B, P] and [B, H], absent: zeros
   // Written by the forward pass and read by the backward pass; `saved` and `cells` are absent when there will be none.
-  Matrix y;      // [N, H]: h_t
+  Matrix y;      // [N, P]: h_t
   Matrix saved;  // [N, S·H]: what backward needs of the gates
   Matrix cells;  // [N, H] (LSTM): c_t, float32 where the operands are narrower
 };
 
 // The forward pass. Every output is written whole.
 struct Forward : Problem {
-  Matrix h_n;  // [B, H], out: h after the last step of each sequence; may be y itself when T = 1
+  Matrix h_n;  // [B, P], out: h after the last step of each sequence; may be y itself when T = 1
   Matrix c_n;  // [B, H], out (LSTM): the same for c
 };
 
 // Back through time. The outputs are the gradients of those operands that are present among them.
 struct Backward : Problem {
-  Matrix grad_y;                  // [N, H], absent: zeros
-  Matrix grad_h_n, grad_c_n;      // [B, H], absent: zeros
+  Matrix grad_y;                  // [N, P], absent: zeros
+  Matrix grad_h_n, grad_c_n;      // [B, P] and [B, H], absent: zeros
   Matrix grad_cells;              // [N, H] (LSTM), absent: zeros; of the type of cells
   Matrix dx;                      // [N, I], out
   bool add_to_dx = false;         // to what is there already, of the other direction
-  Matrix dweight_ih, dweight_hh;  // [G·H, I] and [G·H, H], out
+  Matrix dweight_ih, dweight_hh;  // [G·H, I] and [G·H, P], out
+  Matrix dweight_hr;              // [P, H], out
   Matrix dbias_ih, dbias_hh;      // [1, G·H], out
-  Matrix dh0, dc0;                // [B, H], out
-  Matrix dgates;                  // [N, P·H], out: the P gate gradients of each row (cells.h)
+  Matrix dh0, dc0;                // [B, P] and [B, H], out
+  Matrix dgates;                  // [N, dgates·H], out: the gate gradients of each row (cells.h)
   // dgates are there already, of rows that need not be steps of one another: h0 is [N, H], the state before each. Of
   // the outputs there are only those of weights and biases, and x is all that is read besides.
   bool dgates_given = false;

@@ -22,7 +22,7 @@ namespace {  // as the cells are
 inline const Widths& widths_of(CellKind cell) {
   // In the order of CellKind.
   static constexpr Widths widths[kCellKinds] = {Widths::of<Rnn<false>>(), Widths::of<Rnn<true>>(), Widths::of<Gru>(),
-                                                Widths::of<Lstm>()};
+                                                Widths::of<Lstm>(), Widths::of<ProjectedLstm>()};
   return widths[static_cast<int>(cell)];
 }
 

@@ -141,14 +141,19 @@ def dtype_for(device: str, spec: Spec) -> torch.dtype:
 def results(device: str, spec: Spec, input: Any, hx: Any, found: Any) -> Any:
     """What the call has ``found``, in the dtypes that torch has for the call with ``input`` and ``hx``.
 
-    On the CPU, torch's GRU and packed LSTM are made of operators of which only the products take part in autocast: what
-    they add to the state has its dtype, or a wider one. The others are computed, and come out, narrow. So do all on
-    CUDA: there layers and cells are on autocast's list as wholes.
+    On the CPU, torch's GRU and its LSTM, packed or with projections, are made of operators of which only the products
+    take part in autocast: what they add to the state has its dtype, or a wider one, but a projected h is a product
+    itself. The others are computed, and come out, narrow. So do all on CUDA: there layers and cells are on autocast's
+    list as wholes.
     """
-    packed = isinstance(input, PackedSequence)
-    if device == "cuda" or spec.single_step or not (spec.cell == "gru" or (spec.cell == "lstm" and packed)):
+    packed_lstm = spec.cell == "lstm" and isinstance(input, PackedSequence)
+    if device == "cuda" or spec.single_step or not (spec.cell == "gru" or packed_lstm or spec.proj_size):
         return found
-    return _converted(found, torch.promote_types(torch.get_autocast_dtype(device), _state_dtype(input, hx)))
+    dtype = torch.promote_types(torch.get_autocast_dtype(device), _state_dtype(input, hx))
+    if not spec.proj_size:
+        return _converted(found, dtype)
+    output, (h_n, c_n), *cells = found
+    return output, (h_n, c_n.to(dtype)), *(_converted(t, dtype) for t in cells)
 
 
 def _converted(found: Any, dtype: torch.dtype) -> Any:

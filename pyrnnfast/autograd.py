@@ -24,6 +24,7 @@ from .passes import (
     room_for_gates,
     room_to_keep,
     side_by_side,
+    weights_each,
 )
 
 _P = ParamSpec("_P")
@@ -219,7 +220,8 @@ def reference_layer(
     data, h0, c0, *own = (t if t is None else t.to(wide) for t in (x, h0, c0, *weights))
     assert data is not None
     initial = None if h0 is None else (h0,) if c0 is None else (h0, c0)
-    by_direction = [own[k : k + 4] for k in range(0, len(own), 4)]
+    each = weights_each(own)
+    by_direction = [own[k : k + each] for k in range(0, len(own), each)]
     if isinstance(steps, Mask):
         states, final = reference.layer(cell, data, initial, by_direction, _padding(steps, x))
     else:

@@ -118,6 +118,7 @@ def _torch_call(spec: Spec, weights: Sequence[Tensor]) -> Callable[[Any, Any], A
         if not spec.single_step:
             names = ("num_layers", "batch_first", "dropout", "bidirectional")
             options |= {name: getattr(spec, name) for name in names}
+            options |= {"proj_size": spec.proj_size} if spec.proj_size else {}
         stock = (_STOCK_CELLS if spec.single_step else _STOCK_LAYERS)[spec.cell]
         module = stock(spec.input_size, spec.hidden_size, bias=spec.bias, device="meta", **options)
         module.train(spec.training)
@@ -177,11 +178,14 @@ def _call(
     if "bias" not in options:
         options["bias"] = len(weights) > 2 and getattr(weights[2], "ndim", 1) == 1
     # Integers, which they are not while torch.jit is tracing.
-    spec = Spec(cell, int(weights[0].shape[-1]), int(weights[1].shape[-1]), single_step=single_step, **options)
+    inputs, hidden = int(weights[0].shape[-1]), int(weights[1].shape[-1])
+    spec = Spec(cell, inputs, hidden, single_step=single_step, **options)
+    if cell == "lstm" and not single_step and len(weights) == spec._replace(proj_size=hidden).weights:
+        spec = spec._replace(proj_size=hidden, hidden_size=int(weights[0].shape[0]) // 4)
     if spec.cell_states and cell != "lstm":
         raise ValueError("cell_states is for the LSTM alone")
     otherwise = _torch_call(spec, weights)
-    suits = plain.suits(spec.num_layers, spec.dropout, spec.training, spec.proj_size, spec.cell_states)
+    suits = plain.suits(spec.num_layers, spec.dropout, spec.training, spec.cell_states)
     if suits and lengths is None and reset is None and type(input) in plain.INPUTS and len(weights) == spec.weights:
         form = cell, spec.num_layers, spec.directions, spec.single_step, spec.batch_first
         found = plain.call(form, spec.input_size, spec.hidden_size, input, hx, weights, otherwise)
@@ -245,7 +249,8 @@ def lstm(
     """A stack of LSTM layers (Hochreiter & Schmidhuber 1997; equations in :func:`pyrnnfast.reference.lstm`).
 
     Arguments, results and errors as of :func:`rnn`, with weights of 4·H rows in the order i, f, g, o, and with pairs
-    (h, c) for the initial and the final states.
+    (h, c) for the initial and the final states. Projections (Sak, Senior & Beaufays 2014) are there if each layer and
+    direction has one more weight, ``weight_hr`` [P, H], behind the others; h has P columns then, and ``weight_hh``.
     """
     return _call("lstm", input, hx, weights, options)  # type: ignore[no-any-return]
 

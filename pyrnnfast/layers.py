@@ -265,9 +265,9 @@ def pack_jagged(spec: Spec, input: Any, hx: Any) -> tuple[PackedSequence, Any, s
         raise ValueError(f"a nested input has to be [B, j, I] with a ragged j, got {tuple(input.shape)}")
     if not (input.is_cpu or input.is_cuda):
         raise ValueError(f"a nested input has to be on the CPU or a CUDA device, got {input.device}")
-    for state in hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,):
+    for k, state in enumerate(hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)):
         if not isinstance(state, Tensor) or state.dim() != 3 or state.shape[1] != input.shape[0]:
-            expected = state_shape(spec._replace(batch_first=True), input)
+            expected = state_shape(spec._replace(batch_first=True), input, k)
             got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
             raise RuntimeError(f"Expected hidden size {expected}, got {got}")
     offsets = segments.integers(input.offsets())
@@ -308,8 +308,11 @@ def _run_layers(spec: Spec, asked: str, x: Tensor, batch_sizes: Steps, hx: Hidde
     run_layer: Callable[..., autograd.Outputs] = _LAYERS[asked]
     h0, c0 = (hx, None) if hx is None or isinstance(hx, Tensor) else hx
     given: list[Tensor | None] = list(weights)
+    each = 5 if spec.proj_size else 4
     if not spec.bias:
-        given = [w for k in range(0, len(weights), 2) for w in (*weights[k : k + 2], None, None)]
+        given = []
+        for k in range(0, len(weights), each - 2):
+            given += [*weights[k : k + 2], None, None, *weights[k + 2 : k + each - 2]]
     if spec.num_layers == 1:
         y, h, c, cells = run_layer(spec.cell, x, batch_sizes, h0, c0, given, spec.cell_states)
         return _Found(y, h if c is None else (h, c), _like(y, cells))
@@ -321,7 +324,7 @@ def _run_layers(spec: Spec, asked: str, x: Tensor, batch_sizes: Steps, hx: Hidde
             x = torch.dropout(x, spec.dropout, True)
         states = slice(k * directions, (k + 1) * directions)
         layer_h0, layer_c0 = (None if s is None else s[states] for s in (h0, c0))
-        layer_weights = given[4 * k * directions : 4 * (k + 1) * directions]
+        layer_weights = given[each * k * directions : each * (k + 1) * directions]
         last = k + 1 == spec.num_layers
         x, h, c, cells = run_layer(
             spec.cell, x, batch_sizes, layer_h0, layer_c0, layer_weights, spec.cell_states and last

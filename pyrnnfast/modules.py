@@ -132,12 +132,12 @@ class _Layers(_Ours, torch.nn.RNNBase):
                 or whose weights have wrong shapes.
             TypeError, ValueError: ``lengths`` or ``reset`` are not as above, or not served with this input.
         """
-        if self.proj_size and type(input) is Tensor and not given and not self.cell_states:
+        if self.proj_size and type(input) is Tensor and input.is_cuda and not given and not self.cell_states:
             return super().forward(input, hx)  # of dense input there is nothing else to ask
         weights = self._weights()
         extras = _extras(given) if given else NO_EXTRAS
         if type(input) in plain.INPUTS:
-            suits = plain.suits(self.num_layers, self.dropout, self.training, self.proj_size, self.cell_states)
+            suits = plain.suits(self.num_layers, self.dropout, self.training, self.cell_states)
             if suits and not extras.given:
                 form = self.mode.lower(), self.num_layers, 2 if self.bidirectional else 1, False, self.batch_first
                 found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights, super().forward)

@@ -42,14 +42,19 @@ class Spec(NamedTuple):
         return 2 if self.bidirectional else 1
 
     @property
-    def sizes(self) -> tuple[str, int, int, int, bool, int]:
+    def sizes(self) -> tuple[str, int, int, int, bool, int, int]:
         """What the shapes of the weights follow from."""
-        return self.cell, self.input_size, self.hidden_size, self.num_layers, self.bias, self.directions
+        return self.cell, self.input_size, self.hidden_size, self.num_layers, self.bias, self.directions, self.proj_size
 
     @property
     def weights(self) -> int:
         """How many there are."""
-        return (4 if self.bias else 2) * self.num_layers * self.directions
+        return ((4 if self.bias else 2) + (self.proj_size > 0)) * self.num_layers * self.directions
+
+    @property
+    def outputs(self) -> int:
+        """Columns of h of each direction."""
+        return self.proj_size or self.hidden_size
 
 
 def form(input: Any) -> str:
@@ -137,14 +142,14 @@ def _weight_shapes_obstacle(spec: Spec, weights: Sequence[Tensor]) -> str | None
 
 
 def _weight_shapes(
-    cell: str, inputs: int, hidden: int, layers: int, bias: bool, directions: int
+    cell: str, inputs: int, hidden: int, layers: int, bias: bool, directions: int, projected: int
 ) -> tuple[tuple[int, ...], ...]:
-    rows = passes.CELLS[cell].gates * hidden
+    rows, outputs = passes.CELLS[cell].gates * hidden, projected or hidden
     shapes: tuple[tuple[int, ...], ...] = ()
     for _ in range(layers):
-        of_layer = ((rows, inputs), (rows, hidden), (rows,), (rows,))[: 4 if bias else 2]
-        shapes += of_layer * directions
-        inputs = hidden * directions
+        of_layer: tuple[tuple[int, ...], ...] = ((rows, inputs), (rows, outputs), (rows,), (rows,))[: 4 if bias else 2]
+        shapes += (of_layer + ((projected, hidden),) * (projected > 0)) * directions
+        inputs = outputs * directions
     return shapes
 
 
@@ -195,10 +200,10 @@ def _operands_obstacle(spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) 
         return None
     # The batch size of packed input is a value, which nobody knows while a graph is recorded: the kernels will see.
     unknown = isinstance(input, PackedSequence) and torch.compiler.is_compiling()
-    for state in states:
+    for k, state in enumerate(states):
         reason = _tensor_obstacle("hx", state, weights[0])
         if reason is None and not unknown:
-            reason = _shape_obstacle("hx", state, state_shape(spec, input))
+            reason = _shape_obstacle("hx", state, state_shape(spec, input, k))
         if reason is not None:
             return reason
     return None
@@ -221,8 +226,8 @@ def _agree(spec: Spec, input: Any, hx: Any, weights: Sequence[Any]) -> bool:
         return False
     shapes = _known_weight_shapes(*spec.sizes)
     if states:
-        expected = state_shape(spec, input)
-        return _cpu.agree(PLAIN, (data, *states, *weights), (shape, *[expected] * len(states), *shapes))
+        expected = [state_shape(spec, input, k) for k in range(len(states))]
+        return _cpu.agree(PLAIN, (data, *states, *weights), (shape, *expected, *shapes))
     return _cpu.agree(PLAIN, (data, *weights), (shape, *shapes))
 
 
@@ -246,8 +251,8 @@ def obstacle(
         return f"there is no kernel for the cell {spec.cell!r}"
     if spec.hidden_size == 0:
         return "there are no hidden units"
-    if spec.proj_size:
-        return "a projection (proj_size) is left to torch"
+    if spec.proj_size and weights and isinstance(weights[0], Tensor) and cuda.takes(weights[0]):
+        return "a projection (proj_size) on CUDA is left to torch"
     if asked != "eager":
         return _operands_obstacle(spec, input, hx, weights)
     if _agree(spec, input, hx, weights):
@@ -261,15 +266,16 @@ def check_packed(spec: Spec, asked: str, input: Any) -> None:
         _cpu.check_batch_sizes(input.batch_sizes, input.data.shape[0])
 
 
-def state_shape(spec: Spec, input: Tensor | PackedSequence) -> tuple[int, ...]:
-    """The shape that h0 and c0 must have with this input."""
+def state_shape(spec: Spec, input: Tensor | PackedSequence, which: int = 0) -> tuple[int, ...]:
+    """The shape that h0 (0) or c0 (1) must have with this input."""
+    hidden = spec.hidden_size if which else spec.outputs
     lead = () if spec.single_step else (spec.num_layers * spec.directions,)
     if isinstance(input, PackedSequence):
-        return (*lead, int(input.batch_sizes[0]), spec.hidden_size)
+        return (*lead, int(input.batch_sizes[0]), hidden)
     if input.dim() == (1 if spec.single_step else 2):
-        return (*lead, spec.hidden_size)
+        return (*lead, hidden)
     batch = input.shape[0] if spec.single_step or spec.batch_first else input.shape[1]
-    return (*lead, batch, spec.hidden_size)
+    return (*lead, batch, hidden)
 
 
 def is_harmless(spec: Spec, hx: Any, weights: tuple[Any, ...]) -> bool:
@@ -317,9 +323,9 @@ def guard(spec: Spec, input: Any, hx: Any, weights: Sequence[Tensor]) -> None:
     if isinstance(input, PackedSequence) and pair:
         for k, state in enumerate(hx):
             if isinstance(state, Tensor) and state.dim() != 3:
-                expected = state_shape(spec, input)
+                expected = state_shape(spec, input, k)
                 raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {list(state.shape)}")
-    if spec.proj_size or not isinstance(input, (Tensor, PackedSequence)):
+    if not isinstance(input, (Tensor, PackedSequence)):
         return
     # Other dtypes torch does notice.
     if all(isinstance(weight, Tensor) and weight.dtype is input.data.dtype for weight in weights):

@@ -34,8 +34,8 @@ _DEVICES = ("CPU", "CUDA")
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# Weights are two or four for each direction. Results are always five: what does not apply, or is not asked for, has no
-# elements.
+# Weights are two or four for each direction, and one more with a projection. Results are always five: what does not
+# apply, or is not asked for, has no elements.
 torch.library.define(
     "pyrnnfast::layer",
     "(str cell, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, int directions, bool keep,"
@@ -53,10 +53,10 @@ torch.library.define(
 
 
 def _with_biases(weights: Sequence[Tensor], directions: int) -> list[Tensor | None]:
-    """Four for each direction."""
-    per_direction = len(weights) // directions
-    parts = [weights[k : k + per_direction] for k in range(0, len(weights), per_direction)]
-    return [t for part in parts for t in (*part, *(None,) * (4 - per_direction))]
+    """Four for each direction, or five with a projection."""
+    each = len(weights) // directions
+    parts = [weights[k : k + each] for k in range(0, len(weights), each)]
+    return [t for part in parts for t in (part if each > 3 else (*part[:2], None, None, *part[2:]))]
 
 
 def _steps(batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None) -> Steps:
@@ -104,10 +104,10 @@ def _layer(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     gates, cells = _room(cell, x, given, keep, cell_states)
     if x.shape[:-1].numel() == 0:  # an empty batch
-        _, hidden = sizes(given)
-        h_n = x.new_empty(directions, 0, hidden)
-        last = h_n.clone() if CELLS[cell].has_cell else x.new_empty(0)
-        return x.new_empty(*x.shape[:-1], directions * hidden), h_n, last, gates, cells
+        _, hidden, outputs = sizes(given)
+        last = x.new_empty(directions, 0, hidden) if CELLS[cell].has_cell else x.new_empty(0)
+        empty = x.new_empty(*x.shape[:-1], directions * outputs), x.new_empty(directions, 0, outputs)
+        return *empty, last, gates, cells
     kept: Tensors = ()
     if keep:
         kept = _kept(cell, gates, cells, given)
@@ -133,13 +133,13 @@ def _fake_layer(
 ) -> Five:
     _refuse_forward_mode()
     given = _with_biases(weights, directions)
-    _, hidden = sizes(given)
+    _, hidden, outputs = sizes(given)
     batch: int | torch.SymInt = x.shape[1] if h0 is None else h0.shape[1]
     if batch_sizes is not None and h0 is None:  # the first of them, which nobody knows here
         batch = torch.library.get_ctx().new_dynamic_size()
-    h_n = x.new_empty(directions, batch, hidden)
-    c_n = torch.empty_like(h_n) if CELLS[cell].has_cell else x.new_empty(0)
-    return x.new_empty(*x.shape[:-1], directions * hidden), h_n, c_n, *_room(cell, x, given, keep, cell_states)
+    h_n = x.new_empty(directions, batch, outputs)
+    c_n = x.new_empty(directions, batch, hidden) if CELLS[cell].has_cell else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], directions * outputs), h_n, c_n, *_room(cell, x, given, keep, cell_states)
 
 
 @torch.library.impl("pyrnnfast::layer_backward", _DEVICES)
@@ -289,7 +289,7 @@ def layer(
     keep = differentiable(x, h0, c0, *weights)
     given = [w for w in weights if w is not None]
     y, h_n, c_n, _, cells = torch.ops.pyrnnfast.layer(
-        cell, x, batch_sizes, h0, c0, given, len(weights) // 4, keep, cell_states, mask.lengths, mask.reset
+        cell, x, batch_sizes, h0, c0, given, sizes(weights).directions, keep, cell_states, *mask
     )
     if not CELLS[cell].has_cell:
         return Outputs(y, h_n, None, None)
@@ -314,16 +314,17 @@ def _flops_back(
     h0: Any,
     c0: Any,
     weights: Sequence[Sequence[int]],
+    directions: int,
     *_: Any,
     **__: Any,
 ) -> int:
     """The same of the gradients of the weights, of x and of the states, the first of which h0 alone may want."""
     rows, total = math.prod(x[:-1]), 0
     first = 0 if needs[1] or batch_sizes is not None else x[1]
-    per_direction = 2 if all(len(w) == 2 for w in weights) else 4
+    each = len(weights) // directions
     for k, (w, wanted) in enumerate(zip(weights, needs[3:], strict=True)):
         if len(w) == 2:
-            back = rows * needs[0] if k % per_direction == 0 else rows - first
+            back = (rows * needs[0], rows - first, rows)[min(k % each, 2)]
             total += 2 * math.prod(w) * (rows * wanted + back)
     return total
 

@@ -101,11 +101,11 @@ def forward(
         weights: weight_ih, weight_hh, bias_ih, bias_hh of each direction
         kept: room for what backward needs, see :func:`room_to_keep`; (): there will be none
     """
-    directions, hidden = sizes(weights)
+    directions, hidden, outputs = sizes(weights)
     batch = int(batch_sizes[0]) if isinstance(batch_sizes, Tensor) else x.shape[1]
-    y = x.new_empty(*x.shape[:-1], directions * hidden)
-    h_n = x.new_empty(directions, batch, hidden)
-    c_n = torch.empty_like(h_n) if CELLS[cell].has_cell else None
+    y = x.new_empty(*x.shape[:-1], directions * outputs)
+    h_n = x.new_empty(directions, batch, outputs)
+    c_n = x.new_empty(directions, batch, hidden) if CELLS[cell].has_cell else None
     run: Callable[..., None] = cuda.forward if cuda.takes(x) else _cpu.forward
     own = tuple([_rows(w) for w in weights])
     operands = _rows(x), _rows(h0), _rows(c0), own, y, h_n, c_n, kept, batch_sizes
@@ -113,11 +113,30 @@ def forward(
     return Results(y, h_n, c_n, kept)
 
 
-def sizes(weights: Sequence[Tensor | None]) -> tuple[int, int]:
-    """Directions and H."""
-    weight_hh = weights[1]
+class Sizes(NamedTuple):
+    """Of a layer."""
+
+    directions: int
+    hidden: int
+    outputs: int
+    """Columns of h of a direction: H, or P of an LSTM with a projection."""
+
+
+def weights_each(weights: Sequence[object]) -> int:
+    """How many weights a direction has: five with ``weight_hr``, else four, some of which may be None. These are all of
+    one or of two directions."""
+    return 5 if len(weights) in (5, 10) else 4
+
+
+def sizes(weights: Sequence[Tensor | None]) -> Sizes:
+    each = weights_each(weights)
+    weight_hh, last = weights[1], weights[each - 1]
     assert weight_hh is not None
-    return len(weights) // 4, weight_hh.shape[1]
+    outputs = hidden = weight_hh.shape[1]
+    if each == 5:
+        assert last is not None
+        hidden = last.shape[1]
+    return Sizes(len(weights) // each, hidden, outputs)
 
 
 def cells_dtype(x: Tensor) -> torch.dtype:
@@ -127,7 +146,7 @@ def cells_dtype(x: Tensor) -> torch.dtype:
 
 def room_to_keep(name: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensors:
     """What a forward pass is to fill for backward: of each direction gates [N, saved·H] and cells [N, H]."""
-    cell, (directions, hidden) = CELLS[name], sizes(weights)
+    cell, (directions, hidden, _) = CELLS[name], sizes(weights)
     if not cell.saved:
         return (None, None) * directions
     rows, columns = x.shape[:-1].numel(), cell.saved * hidden
@@ -147,19 +166,19 @@ def room_to_keep(name: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tens
 
 def room_for_gates(cell: str, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
     """For what backward needs of the gates of all directions, side by side: [..., D·saved·H]."""
-    directions, hidden = sizes(weights)
+    directions, hidden, _ = sizes(weights)
     return x.new_empty(*x.shape[:-1], directions * CELLS[cell].saved * hidden)
 
 
 def room_for_cells(x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
     """Likewise for all cell states: [..., D·H]."""
-    directions, hidden = sizes(weights)
+    directions, hidden, _ = sizes(weights)
     return x.new_empty(*x.shape[:-1], directions * hidden, dtype=cells_dtype(x))
 
 
 def side_by_side(gates: Tensor | None, cells: Tensor | None, weights: Sequence[Tensor | None]) -> Tensors:
     """The columns of each direction, as a pass takes them; None for what a cell does not have or nobody asks for."""
-    directions, _ = sizes(weights)
+    directions = sizes(weights).directions
     parts = [
         (None,) * directions if t is None else t.reshape(-1, t.shape[-1]).chunk(directions, 1) for t in (gates, cells)
     ]

@@ -20,9 +20,9 @@ INPUTS = (Tensor, PackedSequence)
 """The types of input of which a call may be plain."""
 
 
-def suits(num_layers: int, dropout: float, training: bool, proj_size: int, cell_states: bool) -> bool:
+def suits(num_layers: int, dropout: float, training: bool, cell_states: bool) -> bool:
     """Whether calls of a module with these options may be plain: nothing happens between its layers or besides them."""
-    return not ((num_layers > 1 and training and dropout > 0) or proj_size or cell_states)
+    return not ((num_layers > 1 and training and dropout > 0) or cell_states)
 
 
 def call(
@@ -60,7 +60,7 @@ def call(
         spec = stack.spec_of(form, input_size, hidden_size, weights)
         by_torch = roads.are_all_torchs(x, form[3])
         if not by_torch:
-            if form[3] or torch.is_autocast_enabled("cuda"):
+            if form[3] or spec.proj_size or torch.is_autocast_enabled("cuda"):
                 return None
             if len(weights) != spec.weights or type(weights[0]) not in PLAIN:
                 return None

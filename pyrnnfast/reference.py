@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 State = tuple[Tensor, ...]
-"""``(h,)``, or ``(h, c)`` for the LSTM, each [rows, H]."""
+"""``(h,)``, or ``(h, c)`` for the LSTM, each [rows, H]; projected, h is [rows, P]."""
 
 Weights = Sequence[Tensor | None]
-"""``weight_ih`` [G·H, I], ``weight_hh`` [G·H, H], ``bias_ih`` and ``bias_hh`` [G·H] or None."""
+"""``weight_ih`` [G·H, I], ``weight_hh`` [G·H, H], ``bias_ih`` and ``bias_hh`` [G·H] or None. Of an LSTM with a
+projection ``weight_hh`` is [4·H, P], and a fifth one ``weight_hr`` [P, H]."""
 
 
 def rnn_tanh(xgates: Tensor, hgates: Tensor, state: State) -> State:
@@ -73,6 +74,17 @@ STEPS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
 }
 
 
+def _step(cell: str, xgates: Tensor, state: State, weights: Weights) -> State:
+    """One step of a layer. Sak, Senior & Beaufays 2014: with a projection, h' = W_hr (o ⊙ tanh(c'))."""
+    _, weight_hh, _, bias_hh, *weight_hr = weights
+    assert weight_hh is not None
+    h, *c = STEPS[cell](xgates, F.linear(state[0], weight_hh, bias_hh), state)
+    for projection in weight_hr:
+        assert projection is not None
+        h = F.linear(h, projection)
+    return h, *c
+
+
 def direction(
     cell: str, x: Tensor, initial: State, weights: Weights, batch_sizes: Sequence[int], reverse: bool
 ) -> tuple[State, State]:
@@ -85,8 +97,8 @@ def direction(
     Returns:
         The state after every step [N, H] each, and after the last step of each sequence, [B, H] each.
     """
-    weight_ih, weight_hh, bias_ih, bias_hh = weights
-    assert weight_ih is not None and weight_hh is not None
+    weight_ih, _, bias_ih, *_ = weights
+    assert weight_ih is not None
     xgates = F.linear(x, weight_ih, bias_ih).split(list(batch_sizes))  # T × [batch_sizes[t], G·H]
     order = range(len(batch_sizes))
     outputs: dict[int, State] = {}
@@ -99,7 +111,7 @@ def direction(
             state = tuple(s[:active] for s in state)
         elif active > rows:  # they start here: at the first step, or going backward at their end
             state = tuple(torch.cat([s, first[rows:active]]) for s, first in zip(state, initial, strict=True))
-        state = STEPS[cell](xgates[t], F.linear(state[0], weight_hh, bias_hh), state)
+        state = _step(cell, xgates[t], state, weights)
         outputs[t] = state
     final = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
     return tuple(torch.cat(parts) for parts in zip(*(outputs[t] for t in order), strict=True)), final
@@ -109,8 +121,8 @@ def direction_of_padded(
     cell: str, x: Tensor, initial: State, weights: Weights, padding: Padding, reverse: bool
 ) -> tuple[State, State]:
     """:func:`direction` of x [T, B, I]. Nothing follows from what stands in the padding; states there are zero."""
-    weight_ih, weight_hh, bias_ih, bias_hh = weights
-    assert weight_ih is not None and weight_hh is not None
+    weight_ih, _, bias_ih, *_ = weights
+    assert weight_ih is not None
     real, reset = (t.unsqueeze(-1) for t in padding)
     # Whether the state before a step is one to go on from: not where it is padding, nor behind a reset, which backward
     # in time is that of the step before.
@@ -122,7 +134,7 @@ def direction_of_padded(
     steps = list(zip(xgates.unbind(), real.unbind(), goes_on.unbind(), strict=True))
     for xgates_t, real_t, goes_on_t in reversed(steps) if reverse else steps:
         before = tuple(s.where(goes_on_t, s.new_zeros(())) for s in state)
-        after = STEPS[cell](xgates_t, F.linear(before[0], weight_hh, bias_hh), before)
+        after = _step(cell, xgates_t, before, weights)
         state = tuple(a.where(real_t, s) for a, s in zip(after, state, strict=True))
         outputs.append(state)
     states = (torch.stack(parts[::-1] if reverse else parts) for parts in zip(*outputs, strict=True))
@@ -142,14 +154,14 @@ def layer(
 
     Returns:
         The states of both directions side by side after every step [N, D·H] (padded: [T, B, D·H]) each, the first of
-        which is the output; and the final ones [D, B, H] each.
+        which is the output; and the final ones [D, B, H] each. Projected, h has P columns for H.
     """
-    weight_hh = weights[0][1]
+    _, weight_hh, *_ = weights[0]
     assert weight_hh is not None
     if initial is None:
         batch = x.shape[1] if isinstance(steps, Padding) else steps[0]
         zeros = x.new_zeros(len(weights), batch, weight_hh.shape[1])
-        initial = (zeros, zeros) if cell == "lstm" else (zeros,)
+        initial = (zeros, x.new_zeros(len(weights), batch, weight_hh.shape[0] // 4)) if cell == "lstm" else (zeros,)
     runs = []
     for d, own in enumerate(weights):
         first = tuple(s[d] for s in initial)

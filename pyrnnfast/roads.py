@@ -35,6 +35,8 @@ def road(
             return cuda.Choice("reference", "derivatives that the kernels do not have")
         if extras.given or isinstance(input, PackedSequence):
             return cuda.Choice("reference", "no kernel transforms sequences of different lengths")
+        if spec.proj_size:
+            return cuda.Choice("reference", "no kernel transforms layers with projections")
     if device == "cpu":
         return cuda.Choice(FUSED, "served by pyrnnfast._cpu")
     obstacles.check_packed(spec, form, input)

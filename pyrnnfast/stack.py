@@ -85,7 +85,7 @@ def layer(
 ) -> autograd.Outputs:
     """One layer, as :func:`pyrnnfast.autograd.layer`, which does what is unusual."""
     if not cell_states and not isinstance(steps, Mask):
-        directions, hidden = sizes(weights)
+        directions, hidden, _ = sizes(weights)
         given = tuple([w for w in weights if w is not None])
         problem = None
         if cuda.takes(x):
@@ -172,14 +172,16 @@ _apply = super(torch.autograd.Function, _Plain).apply
 
 def spec_of(form: Form, input_size: int, hidden_size: int, weights: Sequence[Tensor]) -> Spec:
     cell, count, directions, single_step, batch_first = form
+    each = len(weights) // (count * directions)
     return Spec(
         cell,
         input_size,
         hidden_size,
         count,
-        bias=len(weights) == 4 * count * directions,
+        bias=each > 3,
         batch_first=batch_first,
         bidirectional=directions == 2,
+        proj_size=weights[1].shape[1] if each % 2 else 0,
         single_step=single_step,
     )
 
@@ -189,7 +191,7 @@ def _by_reference(
 ) -> list[Tensor]:
     """The results of such a call by :mod:`pyrnnfast.reference`."""
     single_step = form[3]
-    spec = spec_of(form, weights[0].shape[1], weights[1].shape[1], weights)
+    spec = spec_of(form, weights[0].shape[1], len(weights[0]) // CELLS[form[0]].gates, weights)
     from . import layers  # which has this for eager calls
 
     input = x if batch_sizes is None else PackedSequence(x, batch_sizes)

@@ -98,7 +98,7 @@ class _Backward(torch.autograd.Function):
         upstream, weights = Upstream(*rest[:4]), rest[4:]
         assert x is not None
         assert y is not None
-        directions, hidden = sizes(weights)
+        directions, hidden, _ = sizes(weights)
         dgates = x.new_empty(*x.shape[:2], directions * CELLS[cell].dgates * hidden) if with_dgates else None
         kept = side_by_side(gates, cells, weights)
         found = backward(cell, needs, x, None, h0, c0, weights, y, kept, upstream, dgates)

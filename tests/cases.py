@@ -47,6 +47,8 @@ class Case:
     """Of packed input; `steps` and `batch` follow from them."""
     single_step: bool = False
     """RNNCell, GRUCell, LSTMCell."""
+    projected: int = 0
+    """proj_size of the LSTM."""
 
     def __post_init__(self) -> None:
         if self.lengths is not None:
@@ -64,6 +66,7 @@ class Case:
                 parts.append(f"T{self.steps}")
             parts.append("unbatched" if self.unbatched else f"B{self.batch}")
         parts += [f"I{self.inputs}", f"H{self.hidden}"]
+        parts += [f"P{self.projected}"] if self.projected else []
         if self.layers > 1:
             parts.append(f"{self.layers}layers")
         for name, present in (
@@ -106,6 +109,7 @@ class Case:
                 "bidirectional": self.bidirectional,
                 "dropout": self.dropout,
             }
+            options |= {"proj_size": self.projected} if self.projected else {}
         module: torch.nn.Module = getattr(library, name)(self.inputs, self.hidden, **options)
         return module.to(dtype)
 
@@ -117,13 +121,12 @@ class Case:
             return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
 
         batch = () if self.unbatched else (self.batch,)
-        if self.single_step:
-            x, states = leaf(*batch, self.inputs), shape_of(*batch, self.hidden)
-        else:
-            sizes = (*batch, self.steps) if self.batch_first else (self.steps, *batch)
-            x, states = leaf(*sizes, self.inputs), shape_of(self.layers * self.directions, *batch, self.hidden)
+        sizes = (*batch, self.steps) if self.batch_first else (self.steps, *batch)
+        x = leaf(*(batch if self.single_step else sizes), self.inputs)
+        lead = batch if self.single_step else (self.layers * self.directions, *batch)
+        columns = (self.projected or self.hidden, self.hidden)
         count = 0 if not self.initial else 2 if self.cell == "lstm" else 1
-        return x, tuple(leaf(*states) for _ in range(count))
+        return x, tuple(leaf(*lead, n) for n in columns[:count])
 
     def packed(self, x: Tensor) -> Tensor | PackedSequence:
         """What the module is given for the padded ``x``."""
@@ -178,12 +181,14 @@ class Case:
     def weights(self, module: torch.nn.Module) -> list[list[list[Tensor | None]]]:
         """The parameters by layer and direction, as ``reference.stack`` takes them."""
         flat: list[Tensor | None] = []
-        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") + ("weight_hr",) * (self.projected > 0)
         for layer in range(self.layers):
             for suffix in ("", "_reverse")[: self.directions]:
                 names = kinds if self.single_step else [f"{kind}_l{layer}{suffix}" for kind in kinds]
-                flat += [getattr(module, name, None) if self.bias or i < 2 else None for i, name in enumerate(names)]
-        directions = [flat[i : i + 4] for i in range(0, len(flat), 4)]
+                flat += [
+                    None if i in (2, 3) and not self.bias else getattr(module, name) for i, name in enumerate(names)
+                ]
+        directions = [flat[i : i + len(kinds)] for i in range(0, len(flat), len(kinds))]
         return [directions[i : i + self.directions] for i in range(0, len(directions), self.directions)]
 
 
@@ -204,10 +209,6 @@ class Functional(torch.nn.Module):
                 options[option] = getattr(case, option)
             options |= {"num_layers": case.layers, "training": self.training}
         return getattr(functional, name)(x, hx, list(self.inner.parameters()), **options)
-
-
-def shape_of(*shape: int) -> tuple[int, ...]:
-    return shape
 
 
 def result_weights(outputs: Outputs, seed: int = 2) -> Outputs:
@@ -313,22 +314,48 @@ def _table() -> Iterator[Case]:
         yield replace(step, unbatched=True, initial=False)
 
 
-TABLE = tuple(dict.fromkeys(_table()))
+def _projected() -> Iterator[Case]:
+    plain = Case("lstm", projected=3)
+    # Around the lanes of vectors, and of four, in either direction.
+    for hidden, projected in ((2, 1), (9, 4), (17, 16), (33, 7), (66, 65), (67, 17), (130, 64), (130, 129)):
+        yield replace(plain, hidden=hidden, projected=projected)
+        yield replace(plain, hidden=hidden, projected=projected, batch=7, steps=2)
+    for batch in (1, 3, 4, 8, 13):
+        yield replace(plain, batch=batch, hidden=19, projected=18)
+    for steps in (1, 33):
+        yield replace(plain, steps=steps, batch=5)
+        yield replace(plain, steps=steps, batch=1, initial=False, bidirectional=True)
+    yield replace(plain, layers=2, bidirectional=True, batch_first=True)
+    yield replace(plain, layers=3, bias=False, initial=False)
+    yield replace(plain, unbatched=True)
+    yield replace(plain, unbatched=True, layers=2, bidirectional=True, bias=False)
+    yield replace(plain, dropout=0.4, layers=2)
+    for lengths in _LENGTHS[3:]:
+        yield replace(plain, lengths=lengths, hidden=18, projected=17)
+        yield replace(plain, lengths=lengths, bidirectional=True, layers=2, initial=False)
+
+
+TABLE = tuple(dict.fromkeys((*_table(), *_projected())))
 """Every case once."""
 
 
 # A few that differ in what they ask of autograd, for tests that are slow or that go by kind.
-SMALL = tuple(
-    case
-    for cell in CELLS
-    for case in (
-        Case(cell, hidden=3),
-        Case(cell, hidden=2, layers=2, bidirectional=True, batch_first=True),
-        Case(cell, hidden=2, bias=False, initial=False),
-        Case(cell, hidden=2, unbatched=True),
-        Case(cell, hidden=2, inputs=2, lengths=(1, 3, 2), bidirectional=True),
-        Case(cell, hidden=2, inputs=2, lengths=(3, 2, 2), layers=2, initial=False),
-        Case(cell, hidden=3, single_step=True),
-        Case(cell, hidden=3, single_step=True, initial=False, bias=False),
-    )
+SMALL = (
+    *(
+        case
+        for cell in CELLS
+        for case in (
+            Case(cell, hidden=3),
+            Case(cell, hidden=2, layers=2, bidirectional=True, batch_first=True),
+            Case(cell, hidden=2, bias=False, initial=False),
+            Case(cell, hidden=2, unbatched=True),
+            Case(cell, hidden=2, inputs=2, lengths=(1, 3, 2), bidirectional=True),
+            Case(cell, hidden=2, inputs=2, lengths=(3, 2, 2), layers=2, initial=False),
+            Case(cell, hidden=3, single_step=True),
+            Case(cell, hidden=3, single_step=True, initial=False, bias=False),
+        )
+    ),
+    Case("lstm", hidden=3, projected=2),
+    Case("lstm", hidden=3, projected=2, layers=2, bidirectional=True, bias=False, batch_first=True, initial=False),
+    Case("lstm", hidden=3, projected=1, inputs=2, lengths=(1, 3, 2), bidirectional=True),
 )

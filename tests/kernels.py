@@ -44,11 +44,13 @@ class Layer:
     """Rows as [N, features] with ``batch_sizes``, else [T, B, features]."""
     single_step: bool = False
     """[B, features], with states [B, H]."""
+    projected: int = 0
+    """Columns of h of an LSTM with a projection."""
 
     def __str__(self) -> str:
         kind = "packed" if self.packed else "step" if self.single_step else "dense"
         sizes = f"T{len(self.batch_sizes)}-B{self.batch_sizes[0]}-I{self.inputs}-H{self.hidden}"
-        return f"{kind}-{sizes}" + ("-bi" if self.directions == 2 else "")
+        return f"{kind}-{sizes}" + (f"-P{self.projected}" if self.projected else "") + "-bi" * (self.directions == 2)
 
     @property
     def rows(self) -> int:
@@ -59,16 +61,15 @@ class Layer:
             return self.rows, features
         return len(self.batch_sizes), self.batch_sizes[0], features
 
-    @property
-    def states(self) -> tuple[int, ...]:
-        return (() if self.single_step else (self.directions,)) + (self.batch_sizes[0], self.hidden)
+    def states(self, features: int) -> tuple[int, ...]:
+        return (() if self.single_step else (self.directions,)) + (self.batch_sizes[0], features)
 
 
 def forward_operands(cell: str, layer: Layer, dtype: torch.dtype, threads: int = 1, seed: int = 7) -> Operands:
     """All that a call may have. Outputs are filled with NaN, so that whatever is not written shows."""
     widths = WIDTHS[cell]
     generator = torch.Generator().manual_seed(seed)
-    H, I, gates = layer.hidden, layer.inputs, widths.gates * layer.hidden
+    H, I, P, gates = layer.hidden, layer.inputs, layer.projected or layer.hidden, widths.gates * layer.hidden
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, generator=generator)).to(dtype)
@@ -80,7 +81,8 @@ def forward_operands(cell: str, layer: Layer, dtype: torch.dtype, threads: int =
     weights: tuple[Tensor, ...] = ()
     kept: tuple[Tensor | None, ...] = ()
     for _ in range(layer.directions):
-        weights += (random(gates, I, scale=I**-0.5), random(gates, H, scale=H**-0.5), random(gates), random(gates))
+        weights += (random(gates, I, scale=I**-0.5), random(gates, P, scale=P**-0.5), random(gates), random(gates))
+        weights += (random(P, H, scale=H**-0.5),) if layer.projected else ()
         kept += (
             out(layer.rows, widths.saved * H) if widths.saved else None,
             out(layer.rows, H, dtype=cells_dtype) if widths.has_cell else None,
@@ -88,12 +90,12 @@ def forward_operands(cell: str, layer: Layer, dtype: torch.dtype, threads: int =
     return {
         "cell": cell,
         "x": random(*layer.data(I)),
-        "h0": random(*layer.states),
-        "c0": random(*layer.states) if widths.has_cell else None,
+        "h0": random(*layer.states(P)),
+        "c0": random(*layer.states(H)) if widths.has_cell else None,
         "weights": weights,
-        "y": out(*layer.data(layer.directions * H)),
-        "h_n": out(*layer.states),
-        "c_n": out(*layer.states) if widths.has_cell else None,
+        "y": out(*layer.data(layer.directions * P)),
+        "h_n": out(*layer.states(P)),
+        "c_n": out(*layer.states(H)) if widths.has_cell else None,
         "kept": kept,
         "batch_sizes": torch.tensor(layer.batch_sizes) if layer.packed else None,
         "threads": threads,
@@ -114,14 +116,16 @@ def backward_operands(forward: Operands, seed: int = 8) -> Operands:
         return {name: forward[name] for name in names}
 
     widths, y = WIDTHS[forward["cell"]], forward["y"]
-    cells = y.to(forward["kept"][1].dtype) if widths.has_cell else None
+    directions, of_units = len(forward["kept"]) // 2, forward["weights"][0].shape[0] // widths.gates
+    units = y.new_empty(*y.shape[:-1], directions * of_units)  # y, were nothing projected
+    cells = units.to(forward["kept"][1].dtype) if widths.has_cell else None
     return (
         same("cell", "x", "h0", "c0", "weights", "y", "kept")
         | {f"grad_{name}": random_like(forward[name]) for name in ("y", "h_n", "c_n")}
         | {"grad_cells": random_like(cells)}
         | {f"d{name}": out_like(forward[name]) for name in ("x", "h0", "c0")}
         | {"dweights": tuple(out_like(w) for w in forward["weights"])}
-        | {"dgates": out_like(torch.cat([y] * widths.dgates, -1))}
+        | {"dgates": out_like(torch.cat([units] * widths.dgates, -1))}
         | same("batch_sizes", "threads")
     )
 

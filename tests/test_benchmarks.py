@@ -73,6 +73,7 @@ def test_the_table_has_every_row() -> None:
                 assert shapes["packed"] == {(200, b, h, h) for b in (8, 64) for h in (64, 256)}
                 assert {s[:2] for s in shapes["cell"]} == {(1, 1), (1, 32)}
                 assert {s[0] for s in shapes["streaming"]} == ({1} if mode == "inference" else set())
+                assert len(shapes["projected"]) == (4 if cell == "lstm" else 0)
 
 
 def test_packed_rows_are_ragged() -> None:
@@ -133,6 +134,10 @@ def test_limit_of_packed_stacked_and_single_steps() -> None:
     # Two directions of the layer below feed each direction of the layer above.
     one, two = (limit(Row(kind, "rnn", "inference", (2, 1, 10, 5), 1), Fake()) for kind in ("layer", "stacked"))
     assert two == pytest.approx(4 * one)
+    # h of 3 columns instead of 6, and a product more at each step.
+    row = Row("projected", "lstm", "inference", (2, 1, 5, 6), 1)
+    products = (max(2 * 2 * 24 * 5 / 1000, 24 * 5 * 4 / 100), 24 * 3 * 4 / 100, 3 * 6 * 4 / 100, 3 * 6 * 4 / 100)
+    assert limit(row, Fake()) == pytest.approx(sum(products) + 2 * 6 * (3 * 0.25 + 2 * 0.5))
 
 
 def test_record_of_a_tiny_run(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,8 @@ def _cases() -> list[Case]:
             replace(plain, bias=False, batch_first=True),
             replace(plain, single_step=True),
         ]
-    return cases
+    projected = Case("lstm", inputs=3, hidden=5, projected=2)
+    return [*cases, projected, replace(projected, layers=2, bidirectional=True, bias=False, initial=False)]
 
 
 every_case = pytest.mark.parametrize("case", _cases(), ids=str)
@@ -284,8 +285,8 @@ def test_an_exported_program_is_saved_and_loaded(tmp_path: Any) -> None:
 # The operators ----------------------------------------------------------------------------------------------------
 
 
-def layer_operands(cell: str, packed: bool, directions: int, grad: bool) -> tuple[Any, ...]:
-    case = Case(cell, steps=4, batch=3, bidirectional=directions == 2)
+def layer_operands(cell: str, packed: bool, directions: int, grad: bool, projected: int = 0) -> tuple[Any, ...]:
+    case = Case(cell, steps=4, batch=3, bidirectional=directions == 2, projected=projected)
     module = case.module(pyrnnfast, torch.float64)
     x, states = case.operands(torch.float64)
     batch_sizes = torch.tensor([3, 3, 1]) if packed else None
@@ -310,8 +311,17 @@ def test_opcheck_of_layer(cell: str, grad: bool, packed: bool, directions: int) 
     torch.library.opcheck(torch.ops.pyrnnfast.layer, layer_operands(cell, packed, directions, grad))
 
 
-def backward_operands(cell: str, packed: bool, directions: int, grad: bool) -> tuple[Any, ...]:
-    _, *operands = layer_operands(cell, packed, directions, grad=False)
+@every_layer
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_opcheck_of_projections(grad: bool, packed: bool, directions: int) -> None:
+    torch.library.opcheck(torch.ops.pyrnnfast.layer, layer_operands("lstm", packed, directions, grad, projected=2))
+    # As one that is differentiated itself, dense: the reference asks for the values of batch sizes.
+    operands = backward_operands("lstm", packed, directions, grad and not packed, projected=2)
+    torch.library.opcheck(torch.ops.pyrnnfast.layer_backward, operands)
+
+
+def backward_operands(cell: str, packed: bool, directions: int, grad: bool, projected: int = 0) -> tuple[Any, ...]:
+    _, *operands = layer_operands(cell, packed, directions, False, projected)
     x, batch_sizes, h0, c0, weights, _, _, _ = operands
     y, h_n, c_n, gates, cells = torch.ops.pyrnnfast.layer(cell, *operands)
     lstm = cell == "lstm"
@@ -323,6 +333,21 @@ def backward_operands(cell: str, packed: bool, directions: int, grad: bool) -> t
             if t is not None:
                 t.requires_grad_()
     return cell, needs, x, batch_sizes, h0, c0, weights, directions, y, gates, cells, *grads
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("of_states", [False, True])
+def test_flops_of_projections(bias: bool, of_states: bool) -> None:
+    """Each product forward, that of the gradient of what was multiplied, and of the weights."""
+    module = pyrnnfast.LSTM(5, 8, proj_size=3, bias=bias, bidirectional=True)
+    x, h = torch.ones(6, 4, 5), torch.ones(2, 4, 3, requires_grad=of_states)
+    with FlopCounterMode(display=False) as forward:
+        y, _ = module(x.requires_grad_(), (h, torch.ones(2, 4, 8)))
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    first = 0 if of_states else 4  # rows of the first step, before which nobody wants a gradient
+    assert forward.get_total_flops() == 2 * 2 * 24 * (32 * 5 + 32 * 3 + 3 * 8)
+    assert backward.get_total_flops() == 2 * forward.get_total_flops() - 2 * 2 * first * 32 * 3
 
 
 @pytest.mark.parametrize("of_states", [False, True])
@@ -498,10 +523,12 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-@pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_transforms_inside_a_graph(cell: str, single_step: bool, transform: Callable[..., Any]) -> None:
-    case = Case(cell, single_step=single_step)
+@pytest.mark.parametrize(
+    "case",
+    [*(Case(c, single_step=s) for c in ("gru", "lstm") for s in (False, True)), Case("lstm", projected=2)],
+    ids=str,
+)
+def test_transforms_inside_a_graph(case: Case, transform: Callable[..., Any]) -> None:
     module = case.module(pyrnnfast, torch.float64)
     x = case.operands(torch.float64)[0].detach()
 

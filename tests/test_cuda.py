@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from pyrnnfast import amp, cuda, ops, roads
 from pyrnnfast.choices import Problem, Table
 
 RECORDED = of(row(2.0, shape=[1000, 1, 1, 1]))  # of this card, but nothing like the calls below
+SERVED = [case for case in SMALL if not case.projected]
 LAYER = Case("lstm", steps=10, batch=4, inputs=8, hidden=16)
 SHAPE = [10, 4, 8, 16]
 
@@ -294,7 +296,7 @@ def test_what_is_looked_up_of_gradients_and_dtypes(tf32_as_before: None) -> None
         assert problem(module, bad) is None
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", SERVED, ids=str)
 @pytest.mark.parametrize("path", ["step", "persistent"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_asked_for(case: Case, path: str, dtype: torch.dtype, fake: Fake) -> None:
@@ -559,10 +561,28 @@ def test_what_is_packed_for_torch_goes_to_torch(packed: bool, monkeypatch: pytes
     assert module.passes == []
 
 
-def test_a_projection_has_no_lengths(fake: Fake) -> None:
-    module = pyrnnfast.LSTM(8, 16, proj_size=3)
-    with pytest.raises(ValueError, match=r"or cell_states, and a projection \(proj_size\) is left to torch"):
-        module(torch.ones(10, 4, 8), lengths=LENGTHS)
+def test_projections_are_torchs(fake: Fake) -> None:
+    """Dense and packed; and nobody has lengths then."""
+    case = Case("lstm", projected=3, bidirectional=True)
+    reason = r"a projection \(proj_size\) on CUDA is left to torch"
+    with cuda.use("step"):
+        for given in (case, replace(case, lengths=(3, 1)), replace(case, layers=2, dropout=0.5)):
+            module, stock = given.module(pyrnnfast), given.module(torch.nn)
+            x, states = given.operands()
+            assert pyrnnfast.explain(module, given.packed(x), given.hx(states)).path == "torch"
+            found = []
+            for m in (module, stock):
+                torch.manual_seed(0)
+                found.append(given.run(m, x, states))
+            assert all(torch.equal(found[0][name], t) for name, t in found[1].items())
+            weights = list(module.parameters())
+            options: Any = {"num_layers": given.layers, "bidirectional": True, "dropout": given.dropout}
+            torch.manual_seed(0)
+            y, _ = pyrnnfast.functional.lstm(given.packed(x), given.hx(states), weights, **options)
+            assert y.data.shape[-1] == 6
+    assert fake.passes == []
+    with pytest.raises(ValueError, match=f"or cell_states, and {reason}"):
+        case.module(pyrnnfast)(torch.ones(10, 4, 3), lengths=LENGTHS)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64], ids=str)
@@ -706,7 +726,7 @@ def autocast(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     torch.set_autocast_dtype("cuda", before)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", SERVED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(case: Case, dtype: torch.dtype, autocast: torch.dtype, fake: Fake) -> None:
     """Layers give float16 whatever is asked for, as torch's wrapper of cuDNN's does; steps what is asked for."""

@@ -243,18 +243,6 @@ def test_other_dtypes_are_left_to_torch(cell: str) -> None:
                 assert torch.equal(our, their)
 
 
-def test_projections_are_left_to_torch() -> None:
-    ours, theirs = [], []
-    for library, into in ((pyrnnfast, ours), (torch.nn, theirs)):
-        torch.manual_seed(0)
-        module = library.LSTM(3, 5, proj_size=2, num_layers=2, bidirectional=True)
-        x = torch.ones(4, 2, 3)
-        y, (h_n, c_n) = module(x)
-        into += [y, h_n, c_n]
-    assert "proj_size" in explained(pyrnnfast.LSTM(3, 5, proj_size=2), torch.ones(4, 2, 3))
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("single_step", [False, True], ids=["layer", "cell"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

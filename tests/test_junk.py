@@ -31,22 +31,28 @@ LAYERS = {
 DATA = {"x", "y", "grad_y", "grad_cells", "dx", "dgates"}
 # Operands that the kernels can do without; and elements of tuples likewise.
 OPTIONAL = {"h0", "c0", "grad_y", "grad_h_n", "grad_c_n", "grad_cells", "dx", "dh0", "dc0", "dgates"}
+# On CUDA there are none of these.
+PROJECTED = {
+    "projected": Layer((5,) * 4, H, inputs=3, projected=4),
+    "projected_both_ways": Layer((5, 4, 4, 1), H, inputs=3, directions=2, packed=True, projected=4),
+}
 EVERY = [(f, c, kind) for f in ("forward", "backward") for c in CELLS for kind in LAYERS]
+EVERY_PROJECTED = [(f, "lstm", kind) for f in ("forward", "backward") for kind in PROJECTED]
 
 
 def valid(function: str, cell: str, kind: str, dtype: torch.dtype = torch.float32) -> Operands:
     """The arguments of a call that is in order, all optional operands given."""
-    operands = forward_operands(cell, LAYERS[kind], dtype)
+    operands = forward_operands(cell, (LAYERS | PROJECTED)[kind], dtype)
     if function == "forward":
         return operands
     call("forward", operands)
     return backward_operands(operands)
 
 
-def optional(function: str, name: str, index: int) -> bool:
-    """Whether a call can do without element `index` of the tuple `name`."""
+def optional(function: str, name: str, index: int, count: int) -> bool:
+    """Whether a call can do without element `index` of the tuple `name`, of so many."""
     if name == "weights":
-        return index % 4 > 1  # the biases
+        return index % (5 if count % 5 == 0 else 4) in (2, 3)  # the biases
     return name == "dweights" or function == "forward"
 
 
@@ -204,7 +210,7 @@ def faults_of(function: str, cell: str, good: Operands, name: str) -> Operands:
                 bad: Operands = {"unasked": torch.randn(LAYERS["dense"].rows, H)}
             else:
                 bad = bad_tensors(name, element)
-                if not optional(function, name, i):
+                if not optional(function, name, i, len(value)):
                     bad["none"] = None
             faults |= {f"[{i}] {kind}": (*value[:i], b, *value[i + 1 :]) for kind, b in bad.items()}
         return faults
@@ -218,7 +224,7 @@ def faults_of(function: str, cell: str, good: Operands, name: str) -> Operands:
 def single_faults() -> int:
     """One bad argument at a time; after those of each call a valid one."""
     count = 0
-    for function, cell, kind in EVERY:
+    for function, cell, kind in (*EVERY, *EVERY_PROJECTED):
         for dtype in (torch.float32, torch.bfloat16):
             expected = fingerprint(function, cell, kind, dtype)
             good = valid(function, cell, kind, dtype)
@@ -277,9 +283,10 @@ def mutations(seed: int, count: int) -> tuple[int, int]:
     """Random changes of valid calls; every so often a valid call in between."""
     rng = random.Random(seed)
     accepted = refused_count = 0
-    expected = {key: fingerprint(*key) for key in EVERY}
+    every = [*EVERY, *EVERY_PROJECTED]
+    expected = {key: fingerprint(*key) for key in every}
     for k in range(count):
-        function, cell, kind = rng.choice(EVERY)
+        function, cell, kind = rng.choice(every)
         arguments = valid(function, cell, kind, rng.choice(DTYPES))
         for _ in range(rng.choice((1, 1, 2, 5))):
             if arguments:
@@ -293,7 +300,7 @@ def mutations(seed: int, count: int) -> tuple[int, int]:
             assert str(error)
             refused_count += 1
         if k % 50 == 0:
-            key = rng.choice(EVERY)
+            key = rng.choice(every)
             assert_unchanged(expected[key], *key)
     return accepted, refused_count
 
@@ -389,7 +396,7 @@ def test_other_functions() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("function", "cell", "kind"), EVERY, ids=str)
+@pytest.mark.parametrize(("function", "cell", "kind"), [*EVERY, *EVERY_PROJECTED], ids=str)
 def test_the_valid_calls_are_valid(function: str, cell: str, kind: str, dtype: torch.dtype) -> None:
     """Else everything above would be refused for a reason of no interest."""
     assert all(t.isfinite().all() for t in fingerprint(function, cell, kind, dtype).values())
@@ -397,7 +404,7 @@ def test_the_valid_calls_are_valid(function: str, cell: str, kind: str, dtype: t
     required: Operands = {}
     for name, value in arguments.items():
         if isinstance(value, tuple):
-            required[name] = tuple(None if optional(function, name, i) else t for i, t in enumerate(value))
+            required[name] = tuple(None if optional(function, name, i, len(value)) else t for i, t in enumerate(value))
         else:
             required[name] = None if name in OPTIONAL else value
     call(function, required)

@@ -1,5 +1,6 @@
 """``lengths``, ``reset`` and nested tensors, against every segment of every sequence by itself on the reference."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -73,7 +74,7 @@ def truth(
                 for row in range(case.layers * directions):
                     if (first == 0) if row % directions == 1 else (end == length):
                         final[k][row] = s[row, 0]
-        rows.append(x.new_zeros(case.steps - length, directions * case.hidden))
+        rows.append(x.new_zeros(case.steps - length, directions * (case.projected or case.hidden)))
         columns.append(torch.cat(rows))
         finals.append(final)
     y = torch.stack(columns, 1)
@@ -130,6 +131,14 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             yield
     else:
         yield
+
+
+@every_lengths
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_projections(lengths: tuple[int, ...] | None, forward_mode: bool) -> None:
+    case = Case("lstm", steps=7, batch=5, inputs=3, hidden=6, projected=4, layers=2, bidirectional=True)
+    with torch.autograd.forward_ad.dual_level() if forward_mode else contextlib.nullcontext():
+        assert_equal(case, resets(case), lengths, float("nan"))
 
 
 @every_case
@@ -436,10 +445,10 @@ def test_not_beside_packed_input(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lengths", "reset"])
 def test_not_on_torchs_own_road(name: str) -> None:
-    """The kernels do not serve a projection, and torch does not know of lengths: to ignore them would be wrong."""
-    module = pyrnnfast.LSTM(I, H, proj_size=2)
-    with pytest.raises(ValueError, match="or cell_states, and a projection"):
-        module(torch.zeros(T, B, I), **{name: torch.tensor(RAGGED) if name == "lengths" else RESET})
+    """The kernels do not serve complex numbers, and torch does not know of lengths: to ignore them would be wrong."""
+    module = pyrnnfast.LSTM(I, H, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="or cell_states, and the kernels serve float32"):
+        module(torch.zeros(T, B, I) + 0j, **{name: torch.tensor(RAGGED) if name == "lengths" else RESET})
 
 
 def test_not_on_the_meta_device() -> None:
@@ -561,12 +570,15 @@ def test_nested_without_any_step(cell: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-def test_nested_on_torchs_own_road() -> None:
+@pytest.mark.parametrize("kernels", [True, False])
+def test_nested_with_projections(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels do not serve, torch's module computes from the same rows, packed."""
+    if not kernels:
+        install(monkeypatch, None, reason="there are none")
     module = pyrnnfast.LSTM(I, H, proj_size=2, bidirectional=True)
     x = torch.randn(T, B, I)
     nested = contiguous(x, False)
-    assert pyrnnfast.explain(module, nested) == ("torch", "a projection (proj_size) is left to torch")
+    assert pyrnnfast.explain(module, nested).path == ("fused" if kernels else "torch")
     y, (h_n, c_n) = module(nested)
     assert h_n.shape == (2, B, 2)
     assert c_n.shape == (2, B, H)

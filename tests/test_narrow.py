@@ -423,6 +423,15 @@ def _table() -> tuple[Case, ...]:
             replace(plain, batch=5, single_step=True),
             replace(plain, batch=13, single_step=True, bias=False),
         ]
+        if cell == "lstm":
+            cases += [
+                replace(plain, batch=batch, hidden=hidden, projected=projected)
+                for batch, hidden, projected in ((2, 19, 18), (9, 67, 33), (13, 40, 7), (7, 67, 65))
+            ]
+            cases += [
+                replace(plain, steps=40, batch=9, projected=9, layers=2, bidirectional=True),
+                replace(plain, lengths=(1, 9, 2, 8, 3, 7, 4, 6, 5), projected=17, bidirectional=True),
+            ]
     return tuple(cases)
 
 

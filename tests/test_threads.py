@@ -95,6 +95,39 @@ def test_bits_do_not_depend_on_threads_under_any_schedule(
         assert_same_bits(cell, layer, dtype, (2, 3, 2, 3))
 
 
+PROJECTED_LAYERS = (
+    Layer((1,) * 60, 193, directions=2, projected=130),
+    Layer((7,) * 20, 150, inputs=600, projected=70),
+    Layer((160,), 150, projected=149),
+    Layer((9,) * 5 + (7,) * 5 + (2,) * 30 + (1,) * 20, 160, directions=2, packed=True, projected=64),
+    Layer((12,) * 20, 256, inputs=128, projected=128),  # whole panels for each of two threads
+)
+SMALL_PROJECTED_LAYERS = (
+    Layer((1,) * 30, 21, inputs=5, directions=2, projected=20),
+    Layer((8,) * 9, 35, inputs=3, directions=2, projected=9),
+    Layer((13, 13, 12, 9, 9, 9, 5, 4) + (3,) * 4 + (1,) * 9, 70, inputs=16, packed=True, projected=65),
+    Layer((30,), 128, inputs=70, projected=64),
+)
+
+
+@pytest.mark.parametrize("layer", PROJECTED_LAYERS, ids=str)
+def test_bits_of_projections_do_not_depend_on_threads(layer: Layer, instruction_set: str) -> None:
+    assert operations("lstm", layer) >= 4e6, "too small to be shared"
+    for dtype in passes.DTYPES:
+        assert_same_bits("lstm", layer, dtype, (2, 3))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("layer", SMALL_PROJECTED_LAYERS, ids=str)
+def test_bits_of_projections_do_not_depend_on_threads_under_any_schedule(
+    layer: Layer, schedule: str, instruction_set: str
+) -> None:
+    use(schedule)
+    _cpu.set_threshold("serial_operations", 0)
+    for dtype in passes.DTYPES:
+        assert_same_bits("lstm", layer, dtype, (2, 3, 2, 3))
+
+
 def in_fresh_process(code: str, timeout: float = 120, **environment: str) -> str:
     """What a child prints. It has to end by itself, with success."""
     result = subprocess.run(

@@ -2,7 +2,7 @@
 //
 // A step: dgates of the step that came before (the later one, in a layer that runs forward) times W_hh, a tile at a
 // time, and the cell's derivatives while the tile is in the first cache. Rows whose sequence starts here take ∂L/∂h_n
-// instead of the product.
+// instead of the product. Of a projected h, the product gives ∂L/∂h; that times W_hr comes in its place.
 #pragma once
 
 #include "../activations.h"
@@ -27,12 +27,14 @@ struct BackwardPass {
 
   static int64_t blocks(int64_t columns) { return W::blocks(columns); }
   static Block block(const Backward& p, int64_t index) { return W::block(p.hidden, index); }
+  static Block output_block(const Backward& p, int64_t index) { return W::block(p.outputs, index); }
 
   static void layout(const Backward& p, const Plan& plan, int64_t* bytes) {
     constexpr auto size = static_cast<int64_t>(sizeof(T)), narrow_size = static_cast<int64_t>(sizeof(Operand));
     const int64_t hidden_size = W::narrow(p) ? static_cast<int64_t>(sizeof(E)) : size;
     bytes[kPackedHidden] = hidden_size * W::packed_elements(W::hidden(p, plan));
     bytes[kPackedInput] = narrow_size * W::packed_elements(W::input(p, plan));
+    if (Cell::projects) bytes[kPackedProjection] = hidden_size * W::packed_elements(W::projection(p, plan));
     bytes[kRows] = size * plan.threads * W::own_rows(p, plan);
     bytes[kBias] = size * Cell::dgates * p.hidden;
     if (Cell::has_carry && !p.dgates_given) bytes[kCell] = size * p.batch * padded<S>(p.hidden);
@@ -41,13 +43,16 @@ struct BackwardPass {
     bytes[kPanels] = narrow_size * plan.threads * W::kOwnPanels;
     if (!kSame<T, E> && !G::rounds_tiles(p, plan)) {
       if (p.dweight_ih.data != nullptr) bytes[kSumsInput] = size * gates * p.hidden * p.inputs;
-      if (p.dweight_hh.data != nullptr) bytes[kSumsHidden] = size * gates * p.hidden * p.hidden;
+      if (p.dweight_hh.data != nullptr) bytes[kSumsHidden] = size * gates * p.hidden * p.outputs;
+      if (p.dweight_hr.data != nullptr) bytes[kSumsProjection] = size * p.outputs * p.hidden;
     }
   }
 
   static void begin(const Backward& p, const Plan& plan, const Share& share) {
-    W::with_hidden_type(p,
-                        [&](auto type) { W::template pack_before<decltype(type)>(plan, W::hidden(p, plan), share); });
+    W::with_hidden_type(p, [&](auto type) {
+      W::template pack_before<decltype(type)>(plan, W::hidden(p, plan), share);
+      if constexpr (Cell::projects) W::template pack_before<decltype(type)>(plan, W::projection(p, plan), share);
+    });
     W::template pack_before<Operand>(plan, W::input(p, plan), share);
     if (p.dgates_given) return;
     if constexpr (Cell::has_carry) {
@@ -77,6 +82,26 @@ struct BackwardPass {
       const Heights heights(continuing - share.row_begin, tallest), starting_heights(end - starting, tallest);
       // The dgates of the step before, of row 0.
       const Operand* dgates = active_before == 0 ? nullptr : D::at_step(p, plan, i == 0 ? before : chunk, t_before);
+      // Sequences that had their first step just before, in a layer that runs backward.
+      const int64_t first_to_leave = end > share.row_begin ? end : share.row_begin;
+      if constexpr (Cell::projects) {
+        const int64_t blocks = W::blocks(p.outputs), last = share_of(blocks, share.member + 1, share.members);
+        for (int64_t number = share_of(blocks, share.member, share.members); number < last; ++number) {
+          const auto stretch = [&](int64_t row, int64_t row_end, const Heights& own, const Operand* before_them) {
+            for (int64_t tile = 0; row < row_end; ++tile) {
+              const int rows = own[tile];
+              output_tile(p, plan, chunk, Place{t, row, rows, 0, 0, {}}, output_block(p, number), before_them);
+              row += rows;
+            }
+          };
+          stretch(share.row_begin, continuing, heights, dgates);
+          stretch(starting, end, starting_heights, nullptr);
+          if (p.dh0.data != nullptr) {
+            leave(p, plan, {first_to_leave, leaving, number, number + 1}, dgates, share.rank);
+          }
+        }
+        meet(share);
+      }
       for (int64_t j = 0; j < own_blocks; ++j) {
         // To and fro, so that each step begins with the weights that the last one has left in the cache.
         const bool ascending = t % 2 == 0;
@@ -92,11 +117,17 @@ struct BackwardPass {
             row += rows;
           }
         };
-        stretch(share.row_begin, continuing, heights, dgates);
-        stretch(starting, end, starting_heights, nullptr);
-        // Sequences that had their first step just before, in a layer that runs backward.
-        const int64_t first = end > share.row_begin ? end : share.row_begin;
-        if (p.dh0.data != nullptr) leave(p, plan, {first, leaving, number, number + 1}, dgates, share.rank);
+        if constexpr (Cell::projects) {
+          // Those that start here as well, and in tiles of their own, so that no bits depend on how rows are shared.
+          stretch(share.row_begin, continuing, heights, nullptr);
+          stretch(starting, end, starting_heights, nullptr);
+        } else {
+          stretch(share.row_begin, continuing, heights, dgates);
+          stretch(starting, end, starting_heights, nullptr);
+          if (p.dh0.data != nullptr) {
+            leave(p, plan, {first_to_leave, leaving, number, number + 1}, dgates, share.rank);
+          }
+        }
       }
       meet(share);
     }
@@ -127,7 +158,11 @@ struct BackwardPass {
         if (p.dweight_ih.data != nullptr)
           narrow_row<S>(region<T>(plan, kSumsInput) + row * p.inputs, p.inputs, at<E>(p.dweight_ih, row, 0), false);
         if (p.dweight_hh.data != nullptr)
-          narrow_row<S>(region<T>(plan, kSumsHidden) + row * p.hidden, p.hidden, at<E>(p.dweight_hh, row, 0), false);
+          narrow_row<S>(region<T>(plan, kSumsHidden) + row * p.outputs, p.outputs, at<E>(p.dweight_hh, row, 0), false);
+      }
+      const int64_t outputs = p.dweight_hr.data == nullptr || G::rounds_tiles(p, plan) ? 0 : p.outputs;
+      for (int64_t row = share_of(outputs, rank, size); row < share_of(outputs, rank + 1, size); ++row) {
+        narrow_row<S>(region<T>(plan, kSumsProjection) + row * p.hidden, p.hidden, at<E>(p.dweight_hr, row, 0), false);
       }
     }
     const int64_t columns = Cell::dgates * p.hidden;
@@ -196,7 +231,7 @@ struct BackwardPass {
     int64_t first_stride;
     T* carry;
     int64_t carry_stride;
-    Operand* dgates;
+    Operand *dgates, *unprojected;
     int64_t dgates_stride;
   };
   // Of the share's rows of a step, if it is not too much to wait in the second cache.
@@ -211,28 +246,57 @@ struct BackwardPass {
     return {stretch(p.saved), stretch(p.grad_y)};
   }
 
-  // tile = dgates W_hh for a block of units.
-  static void recurrent_product(const Backward& p, const Plan& plan, const Block& b, const Operand* dgates,
-                                const Place& place, T* tile) {
-    W::with_hidden_type(p, [&](auto type) { product_with<decltype(type)>(p, plan, b, dgates, place, tile); });
+  // tile = dgates W for a block of the weight's columns.
+  static void recurrent_product(const Backward& p, const Plan& plan, const typename W::Weight& weight, const Block& b,
+                                const Operand* dgates, const Place& place, T* tile) {
+    W::with_hidden_type(p, [&](auto type) { product_with<decltype(type)>(p, plan, weight, b, dgates, place, tile); });
   }
   // P: the type of the packed weights.
   template <class P>
-  static void product_with(const Backward& p, const Plan& plan, const Block& b, const Operand* dgates,
-                           const Place& place, T* tile) {
-    auto weights = W::template panel<P>(plan, W::hidden(p, plan), b);
-    if (place.turn != 0) weights.ahead = weights.data + place.turn * packed_depth(gates * p.hidden) * W::widest;
+  static void product_with(const Backward& p, const Plan& plan, const typename W::Weight& weight, const Block& b,
+                           const Operand* dgates, const Place& place, T* tile) {
+    auto panel = W::template panel<P>(plan, weight, b);
+    if (place.turn != 0) panel.ahead = panel.data + place.turn * packed_depth(weight.depth) * W::widest;
     const auto tile_product = Products<S, Operand, P>::find(p.batch, b.vectors, place.rows);
-    const char* lines = place.next.for_tile(place.index, gates * p.hidden);
-    for (int i = 0; i < Cell::segments; ++i) {
-      const Left<Operand> left{dgates + Cell::segment[i].begin * p.hidden, D::stride(p), 1};
-      const int64_t depth = Cell::segment[i].length * p.hidden;
-      auto own = weights.for_tile(place.index, depth);
+    const char* lines = place.next.for_tile(place.index, weight.depth);
+    D::for_each_stretch(p, weight.factor, 0, weight.depth, [&](int64_t first, int64_t last, int64_t column) {
+      const Left<Operand> left{dgates + column, D::stride(p), 1};
+      const int64_t depth = last - first;
+      auto own = panel.for_tile(place.index, depth);
       if (lines != nullptr) own.ahead = reinterpret_cast<const P*>(lines);
-      tile_product(left, own, depth, tile, b.vectors * S::lanes, i > 0);
+      tile_product(left, own, depth, tile, b.vectors * S::lanes, first > 0);
       if (lines != nullptr) lines += depth * 64;
-      weights.data += depth * weights.stride;
-      if (weights.ahead != nullptr) weights.ahead += depth * weights.stride;
+      panel.data += depth * panel.stride;
+      if (panel.ahead != nullptr) panel.ahead += depth * panel.stride;
+    });
+  }
+
+  // Of the step before, or ∂L/∂h_n where there is none (null).
+  static void product_or_last(const Backward& p, const Plan& plan, const Block& b, const Operand* dgates,
+                              const Place& place, T* tile) {
+    if (dgates != nullptr) {
+      return recurrent_product(p, plan, W::hidden(p, plan), b, dgates + place.row * D::stride(p), place, tile);
+    }
+    for (int m = 0; m < place.rows; ++m) {
+      const E* from = p.grad_h_n.data == nullptr ? nullptr : at<const E>(p.grad_h_n, place.row + m, b.first);
+      pack_row<S>(from, b, tile + m * b.vectors * S::lanes);
+    }
+  }
+
+  // ∂L/∂h of a projected h, to where its columns are.
+  static void output_tile(const Backward& p, const Plan& plan, const Chunk& chunk, const Place& place, const Block& b,
+                          const Operand* dgates) {
+    alignas(64) T tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
+    product_or_last(p, plan, b, dgates, place, tile);
+    Operand* to = D::at_step(p, plan, chunk, place.t) + place.row * D::stride(p) + D::of_output(p) + b.first;
+    for (int m = 0; m < place.rows; ++m, to += D::stride(p)) {
+      const E* grad_y = row_or_null<E>(p.grad_y, p.offsets[place.t] + place.row + m);
+      for (int v = 0; v < b.vectors; ++v) {
+        const int i = v * S::lanes;
+        V dh = S::load(tile + m * b.vectors * S::lanes + i);
+        if (grad_y != nullptr) dh = dh + load_present<S>(grad_y + b.first, b.present, i);
+        with_lanes<S>(b.present - i, [&](const auto& lanes) { lanes.store(to + i, dh); });
+      }
     }
   }
 
@@ -244,15 +308,12 @@ struct BackwardPass {
     for (int m = 0; m < place.rows; ++m) {
       for (int v = 0; v < b.vectors; ++v) prefetch_row(p, place.t, place.row + m, b.first + v * S::lanes);
     }
-    if (dgates != nullptr) {
-      recurrent_product(p, plan, b, dgates + place.row * D::stride(p), place, tile);
-    } else {
-      for (int m = 0; m < place.rows; ++m) {
-        const E* from = p.grad_h_n.data == nullptr ? nullptr : at<const E>(p.grad_h_n, place.row + m, b.first);
-        pack_row<S>(from, b, tile + m * width);
-      }
-    }
     Operand* out = D::at_step(p, plan, chunk, place.t) + place.row * D::stride(p);
+    if constexpr (Cell::projects) {
+      recurrent_product(p, plan, W::projection(p, plan), b, out, place, tile);
+    } else {
+      product_or_last(p, plan, b, dgates, place, tile);
+    }
     for (int v = 0; v < b.vectors; ++v) {
       const int64_t unit = b.first + v * S::lanes;
       const Column column = column_of(p, plan, place, unit, out + unit);
@@ -273,7 +334,7 @@ struct BackwardPass {
     const int64_t flat = p.offsets[place.t] + place.row, units = padded<S>(p.hidden);
     const int64_t t_prev = p.reverse ? place.t + 1 : place.t - 1;
     Column c{};
-    if (p.grad_y.data != nullptr) c.grad_y = at<const E>(p.grad_y, flat, unit);
+    if (!Cell::projects && p.grad_y.data != nullptr) c.grad_y = at<const E>(p.grad_y, flat, unit);
     c.grad_y_stride = p.grad_y.stride;
     if constexpr (Cell::saved > 0) {
       c.saved = at<const E>(p.saved, flat, unit);
@@ -300,6 +361,7 @@ struct BackwardPass {
     if constexpr (Cell::has_carry) c.carry = region<T>(plan, kCell) + place.row * units + unit;
     c.carry_stride = units;
     c.dgates = dgates;
+    if constexpr (Cell::projects) c.unprojected = dgates + D::unprojected(p);
     c.dgates_stride = D::stride(p);
     return c;
   }
@@ -331,6 +393,7 @@ struct BackwardPass {
       for (int g = 0; g < Cell::dgates; ++g) {
         lanes.store(c.dgates + m * c.dgates_stride + g * c.gate_stride, s.dgates[g]);
       }
+      if constexpr (Cell::projects) lanes.store(c.unprojected + m * c.dgates_stride, s.h);
       if constexpr (Cell::has_carry) S::store(c.carry + m * c.carry_stride, s.carry);
     }
   }

@@ -33,6 +33,10 @@ struct ForwardPass {
   static int64_t blocks(int64_t columns) { return ceil_div(columns, unit_vectors * S::lanes); }
   static Block block(const Forward& p, int64_t index) { return block_at<S>(p.hidden, unit_vectors, index); }
 
+  // Of the columns of a projected h.
+  static int64_t output_blocks(const Forward& p) { return ceil_div(p.outputs, kMaxVectors * S::lanes); }
+  static Block output_block(const Forward& p, int64_t index) { return block_at<S>(p.outputs, kMaxVectors, index); }
+
   static bool packed(const Plan& plan) { return plan.hidden != Packing::in_place; }
   static bool at_use(const Plan& plan) { return plan.hidden == Packing::at_use; }
   static bool input_at_use(const Plan& plan) { return plan.input == Packing::at_use; }
@@ -47,19 +51,21 @@ struct ForwardPass {
 
   static void layout(const Forward& p, const Plan& plan, int64_t* bytes) {
     constexpr auto size = static_cast<int64_t>(sizeof(T)), narrow_size = static_cast<int64_t>(sizeof(Operand));
-    const int64_t units = padded<S>(p.hidden);
+    const int64_t units = padded<S>(p.hidden), outputs = padded<S>(p.outputs);
+    const int64_t hidden_size = narrow(p) ? static_cast<int64_t>(sizeof(E)) : size;
     if (packed(plan)) {
       const auto columns = [&](bool used_once) { return used_once ? plan.threads * widest : gates_stride(p); };
       if (has_recurrent_product(p)) {
-        bytes[kPackedHidden] =
-            (narrow(p) ? static_cast<int64_t>(sizeof(E)) : size) * packed_depth(p.hidden) * columns(at_use(plan));
+        bytes[kPackedHidden] = hidden_size * packed_depth(p.outputs) * columns(at_use(plan));
       }
+      if (Cell::projects) bytes[kPackedProjection] = hidden_size * packed_depth(p.hidden) * outputs;
       bytes[kPackedInput] = narrow_size * packed_depth(p.inputs) * columns(input_at_use(plan));
       bytes[kGates0] = size * plan.chunk_rows * gates_stride(p);
       if (!kSame<Operand, E>) bytes[kRows] = size * plan.chunk_rows * padded<S>(p.inputs);
     }
     bytes[kBias] = size * (gates_stride(p) + units);
-    bytes[kState0] = bytes[kState1] = narrow_size * p.batch * units;
+    bytes[kState0] = bytes[kState1] = narrow_size * p.batch * outputs;
+    if (Cell::projects) bytes[kUnprojected] = narrow_size * p.batch * units;
     if (Cell::has_cell || keeps_h) bytes[kCell] = size * p.batch * units;
   }
 
@@ -71,12 +77,13 @@ struct ForwardPass {
       if (plan.input == Packing::before) pack_input(p, plan, b, share.rank);
       add_biases(p, plan, b);
     }
-    const int64_t units = padded<S>(p.hidden);
+    if constexpr (Cell::projects) pack_projection(p, plan, share);
+    const int64_t units = padded<S>(p.hidden), outputs = padded<S>(p.outputs);
     const int64_t row_end = share_of(p.batch, share.rank + 1, share.size);
     for (int64_t row = share_of(p.batch, share.rank, share.size); row < row_end; ++row) {
-      copy_row<S>(row_or_null<E>(p.h0, row), p.hidden, region<Operand>(plan, kState0) + row * units);
+      copy_row<S>(row_or_null<E>(p.h0, row), p.outputs, region<Operand>(plan, kState0) + row * outputs);
       // Sequences that start later than others find their first state there.
-      copy_row<S>(row_or_null<E>(p.h0, row), p.hidden, region<Operand>(plan, kState1) + row * units);
+      copy_row<S>(row_or_null<E>(p.h0, row), p.outputs, region<Operand>(plan, kState1) + row * outputs);
       if constexpr (Cell::has_cell) {
         copy_row<S>(row_or_null<E>(p.c0, row), p.hidden, region<T>(plan, kCell) + row * units);
       }
@@ -134,6 +141,10 @@ struct ForwardPass {
           one_tile(p, plan, Place{t, step, row, rows, p.offsets[chunk.first], going_on, index, turn, share.rank}, b);
           row += rows;
         }
+      }
+      if constexpr (Cell::projects) {
+        meet(share);
+        project(p, plan, Place{t, step, 0, 0, 0, going_on, 0, 0, share.rank}, heights, end, share);
       }
       meet(share);
     }
@@ -194,14 +205,15 @@ struct ForwardPass {
   }
   template <class P>
   static P* hidden_panel(const Forward& p, const Plan& plan, const Block& b, int rank) {
-    return region<P>(plan, kPackedHidden) + panel_offset(at_use(plan), b, p.hidden, rank);
+    return region<P>(plan, kPackedHidden) + panel_offset(at_use(plan), b, p.outputs, rank);
   }
   static Operand* input_panel(const Forward& p, const Plan& plan, const Block& b, int rank) {
     return region<Operand>(plan, kPackedInput) + panel_offset(input_at_use(plan), b, p.inputs, rank);
   }
   static void pack_hidden(const Forward& p, const Plan& plan, const Block& b, int rank) {
     const auto pack = [&](auto* panel) {
-      pack_by_unit<S>(static_cast<const E*>(p.weight_hh.data), p.weight_hh.stride, gates, p.hidden, p.hidden, b, panel);
+      pack_by_unit<S>(static_cast<const E*>(p.weight_hh.data), p.weight_hh.stride, gates, p.hidden, p.outputs, b,
+                      panel);
     };
     if (narrow(p)) {
       pack(hidden_panel<E>(p, plan, b, rank));
@@ -237,9 +249,9 @@ struct ForwardPass {
     alignas(64) T input_tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
     const int width = gates * b.vectors * S::lanes;
     const int64_t flat = p.offsets[place.t] + place.row;
-    const int64_t units = padded<S>(p.hidden);
-    const Operand* before = region<Operand>(plan, place.step % 2 == 0 ? kState0 : kState1) + place.row * units;
-    const Left<Operand> h{before, units, 1};
+    const int64_t outputs = padded<S>(p.outputs);
+    const Operand* before = region<Operand>(plan, place.step % 2 == 0 ? kState0 : kState1) + place.row * outputs;
+    const Left<Operand> h{before, outputs, 1};
 
     const T* input = input_tile;
     int64_t input_stride = width;
@@ -248,6 +260,7 @@ struct ForwardPass {
       input_stride = gates_stride(p);
       for (int m = 0; m < place.rows; ++m) {
         for (int v = 0; v < gates * b.vectors; ++v) __builtin_prefetch(input + m * input_stride + v * S::lanes);
+        if constexpr (Cell::projects) continue;
         for (int v = 0; v < b.vectors; ++v) __builtin_prefetch(at<E>(p.y, flat + m, b.first + v * S::lanes), 1);
       }
     } else {
@@ -256,7 +269,7 @@ struct ForwardPass {
     if (place.step == 0 && p.h0.data == nullptr) {
       for (int i = 0; i < place.rows * width; i += S::lanes) S::store(tile + i, V{});
     } else if (!packed(plan)) {
-      dot_tile(p, p.weight_hh, h.data, units, p.hidden, place.rows, b, tile);
+      dot_tile(p, p.weight_hh, h.data, outputs, p.outputs, place.rows, b, tile);
     } else if (narrow(p)) {
       recurrent_product<E>(p, plan, place, b, h, tile);
     } else if constexpr (!narrow_products) {
@@ -274,9 +287,71 @@ struct ForwardPass {
                                 const Left<Operand>& h, T* tile) {
     const int width = gates * b.vectors * S::lanes;
     const P* data = hidden_panel<P>(p, plan, b, place.rank);
-    const Panel<P> panel{data, width, place.turn == 0 ? nullptr : data + place.turn * packed_depth(p.hidden) * width};
-    Products<S, Operand, P>::find(p.batch, gates * b.vectors, place.rows)(h, panel.for_tile(place.index, p.hidden),
-                                                                          p.hidden, tile, width, false);
+    const Panel<P> panel{data, width, place.turn == 0 ? nullptr : data + place.turn * packed_depth(p.outputs) * width};
+    Products<S, Operand, P>::find(p.batch, gates * b.vectors, place.rows)(h, panel.for_tile(place.index, p.outputs),
+                                                                          p.outputs, tile, width, false);
+  }
+
+  // W_hr is used at every step by all rows, so it is packed before wherever W_hh is packed at all.
+  template <class P>
+  static P* projection_panel(const Forward& p, const Plan& plan, const Block& b) {
+    return region<P>(plan, kPackedProjection) + packed_depth(p.hidden) * b.first;
+  }
+  static void pack_projection(const Forward& p, const Plan& plan, const Share& share) {
+    if (!packed(plan)) return;
+    const Blocks own = blocks_to_pack(output_blocks(p), share);
+    for (int64_t index = own.begin; index < own.end; ++index) {
+      const Block b = output_block(p, index);
+      const auto pack = [&](auto* panel) {
+        pack_by_unit<S>(static_cast<const E*>(p.weight_hr.data), p.weight_hr.stride, 1, p.outputs, p.hidden, b, panel);
+      };
+      if (narrow(p)) {
+        pack(projection_panel<E>(p, plan, b));
+      } else {
+        pack(projection_panel<T>(p, plan, b));
+      }
+    }
+  }
+
+  // The projection of the share's rows of a step, up to row `end`; of its columns each member has some.
+  static void project(const Forward& p, const Plan& plan, Place place, const Heights& heights, int64_t end,
+                      const Share& share) {
+    const int64_t blocks = output_blocks(p), last = share_of(blocks, share.member + 1, share.members);
+    for (int64_t index = share_of(blocks, share.member, share.members); index < last; ++index) {
+      const Block b = output_block(p, index);
+      place.index = 0;
+      for (place.row = share.row_begin; place.row < end; place.row += place.rows) {
+        place.rows = heights[place.index++];
+        project_tile(p, plan, place, b);
+      }
+    }
+  }
+  static void project_tile(const Forward& p, const Plan& plan, const Place& place, const Block& b) {
+    alignas(64) T tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
+    const int width = b.vectors * S::lanes;
+    const int64_t units = padded<S>(p.hidden), outputs = padded<S>(p.outputs);
+    const Left<Operand> h{region<Operand>(plan, kUnprojected) + place.row * units, units, 1};
+    if (!packed(plan)) {
+      dot_columns(p.weight_hr, b.first, h.data, units, p.hidden, place.rows, b, tile, width);
+    } else if (narrow(p)) {
+      const Panel<E> panel{projection_panel<E>(p, plan, b), width};
+      Products<S, Operand, E>::find(p.batch, b.vectors, place.rows)(h, panel, p.hidden, tile, width, false);
+    } else if constexpr (!narrow_products) {
+      const Panel<T> panel{projection_panel<T>(p, plan, b), width};
+      Products<S, Operand, T>::find(p.batch, b.vectors, place.rows)(h, panel, p.hidden, tile, width, false);
+    }
+    Operand* const after = region<Operand>(plan, place.step % 2 == 0 ? kState1 : kState0) + place.row * outputs;
+    for (int m = 0; m < place.rows; ++m) {
+      for (int v = 0; v < b.vectors; ++v) {
+        const int64_t unit = b.first + v * S::lanes;
+        const V value = S::load(tile + m * width + v * S::lanes);
+        S::store(after + m * outputs + unit, value);
+        with_lanes<S>(p.outputs - unit, [&](const auto& lanes) {
+          lanes.store(at<E>(p.y, p.offsets[place.t] + place.row + m, unit), value);
+          if (place.row + m >= place.going_on) lanes.store(at<E>(p.h_n, place.row + m, unit), value);
+        });
+      }
+    }
   }
 
   static bool by_units(const Forward& p, const Plan& plan, const Share& share) {
@@ -340,15 +415,20 @@ struct ForwardPass {
   template <class A>
   static void dot_tile(const Forward& p, const Matrix& weight, const A* a, int64_t a_stride, int64_t depth, int rows,
                        const Block& b, T* tile) {
-    const int vectors = gates * b.vectors;
-    const auto of_rows = dots_of<S, A, E>(rows);
+    const int width = gates * b.vectors * S::lanes;
     for (int g = 0; g < gates; ++g) {
-      for (int v = 0; v < b.vectors; ++v) {
-        const int64_t unit = b.first + v * S::lanes;
-        const int present = p.hidden - unit < S::lanes ? static_cast<int>(p.hidden - unit) : S::lanes;
-        of_rows(a, a_stride, at<const E>(weight, g * p.hidden + unit, 0), weight.stride, present, depth,
-                tile + (g * b.vectors + v) * S::lanes, vectors * S::lanes);
-      }
+      dot_columns(weight, g * p.hidden + b.first, a, a_stride, depth, rows, b, tile + g * b.vectors * S::lanes, width);
+    }
+  }
+  // A block's columns of one, from row `first` of the weight on.
+  template <class A>
+  static void dot_columns(const Matrix& weight, int64_t first, const A* a, int64_t a_stride, int64_t depth, int rows,
+                          const Block& b, T* tile, int tile_stride) {
+    const auto of_rows = dots_of<S, A, E>(rows);
+    for (int v = 0; v < b.vectors; ++v) {
+      const int left = b.present - v * S::lanes, present = left < S::lanes ? left : S::lanes;
+      of_rows(a, a_stride, at<const E>(weight, first + v * S::lanes, 0), weight.stride, present, depth,
+              tile + v * S::lanes, tile_stride);
     }
   }
 
@@ -361,15 +441,17 @@ struct ForwardPass {
     for (int g = 0; g < gates; ++g) c.bias[g] = S::load(bias + g * b.vectors * S::lanes);
     if constexpr (Cell::has_bias_hn) c.bias_hn = S::load(region<T>(plan, kBias) + gates_stride(p) + unit);
     c.before = region<T>(plan, keeps_h ? kCell : even ? kState0 : kState1) + state;
-    c.after = region<Operand>(plan, even ? kState1 : kState0) + state;
+    c.after = region<Operand>(plan, Cell::projects ? kUnprojected : even ? kState1 : kState0) + state;
     c.state_stride = units;
-    c.y = at<E>(p.y, flat, unit);
+    if constexpr (!Cell::projects) {
+      c.y = at<E>(p.y, flat, unit);
+      c.h_n = at<E>(p.h_n, place.row, unit);
+    }
     c.y_stride = p.y.stride;
     if (p.saved.data != nullptr) c.saved = at<E>(p.saved, flat, unit);
     c.saved_stride = p.saved.stride;
     c.gate_stride = p.hidden;
     c.ending = place.going_on - place.row;
-    c.h_n = at<E>(p.h_n, place.row, unit);
     c.h_n_stride = p.h_n.stride;
     if constexpr (Cell::has_cell || keeps_h) c.cell = region<T>(plan, kCell) + state;
     if constexpr (Cell::has_cell) {
@@ -398,8 +480,10 @@ struct ForwardPass {
       Cell::template forward<Math>(s);
       S::store(c.after + m * c.state_stride, s.h);
       if constexpr (keeps_h) S::store(c.cell + m * c.state_stride, s.h);
-      lanes.store(c.y + m * c.y_stride, s.h);
-      if (m >= c.ending) lanes.store(c.h_n + m * c.h_n_stride, s.h);
+      if constexpr (!Cell::projects) {
+        lanes.store(c.y + m * c.y_stride, s.h);
+        if (m >= c.ending) lanes.store(c.h_n + m * c.h_n_stride, s.h);
+      }
       if constexpr (Cell::has_cell) {
         S::store(c.cell + m * c.state_stride, s.c);
         if (m >= c.ending) lanes.store(c.c_n + m * c.c_n_stride, s.c);

@@ -51,14 +51,22 @@ struct Gradients {
     if constexpr (narrow_products) pair_rows(p, plan, dgates, rows, rank, size);
     if (p.dweight_ih.data != nullptr) {
       const auto source = [&](const Cursor& at_row) { return at<const E>(p.x, at_row.flat, 0); };
-      weight_gradient(p, plan, chunk, dgates, source, p.inputs, false, p.dweight_ih,
+      weight_gradient(p, plan, chunk, dgates, source, p.inputs, Factor::input, p.dweight_ih,
                       Sums{sums(p.dweight_ih, plan, kSumsInput), sums_stride(p.dweight_ih, p.inputs), again}, rank,
                       size);
     }
     if (p.dweight_hh.data != nullptr) {
       const auto source = [&](const Cursor& at_row) { return previous_h(p, at_row.t, at_row.row); };
-      weight_gradient(p, plan, chunk, dgates, source, p.hidden, true, p.dweight_hh,
-                      Sums{sums(p.dweight_hh, plan, kSumsHidden), sums_stride(p.dweight_hh, p.hidden), again}, rank,
+      weight_gradient(p, plan, chunk, dgates, source, p.outputs, Factor::hidden, p.dweight_hh,
+                      Sums{sums(p.dweight_hh, plan, kSumsHidden), sums_stride(p.dweight_hh, p.outputs), again}, rank,
+                      size);
+    }
+    if (Cell::projects && p.dweight_hr.data != nullptr) {
+      const Operand* unprojected = dgates + D::unprojected(p);
+      const int64_t base = p.offsets[chunk.first];
+      const auto source = [&](const Cursor& at_row) { return unprojected + (at_row.flat - base) * D::stride(p); };
+      weight_gradient(p, plan, chunk, dgates, source, p.hidden, Factor::projection, p.dweight_hr,
+                      Sums{sums(p.dweight_hr, plan, kSumsProjection), sums_stride(p.dweight_hr, p.hidden), again}, rank,
                       size);
     }
     if constexpr (!kSame<T, E>) S::stream_end();
@@ -101,7 +109,6 @@ struct Gradients {
   // Pairs of rows of dgates side by side, as dW's sums over rows want them: the columns of a thread's rows of dW, and
   // not an element of another thread's.
   static void pair_rows(const Backward& p, const Plan& plan, const Operand* dgates, int64_t rows, int rank, int size) {
-    const int64_t begin = share_of(gates * p.hidden, rank, size), end = share_of(gates * p.hidden, rank + 1, size);
     const auto pair = [&](int64_t first, int64_t last, int64_t column) {
       const int64_t count = last - first, whole = count - count % S::lanes;
       for (int64_t row = 0; row < rows; row += 2) {
@@ -115,10 +122,15 @@ struct Gradients {
         }
       }
     };
-    pair(begin, end, begin);
-    D::for_each_stretch(p, true, begin, end, [&](int64_t first, int64_t last, int64_t column) {
+    const auto of_factor = [&](Factor factor, const auto& fn) {
+      const int64_t weight_rows = D::rows_of(p, factor);
+      D::for_each_stretch(p, factor, share_of(weight_rows, rank, size), share_of(weight_rows, rank + 1, size), fn);
+    };
+    of_factor(Factor::input, pair);
+    of_factor(Factor::hidden, [&](int64_t first, int64_t last, int64_t column) {
       if (column != first) pair(first, last, column);
     });
+    if constexpr (Cell::projects) of_factor(Factor::projection, pair);
   }
 
   // Those columns as the left operand: element [column, row].
@@ -134,10 +146,10 @@ struct Gradients {
 
   // The first of `count` rows that next() gives, if each lies behind the one before; else null.
   template <class Next>
-  static const E* together(const Next& next, int64_t count, int64_t width) {
-    const E* const first = next();
+  static auto together(const Next& next, int64_t count, int64_t width) {
+    const auto first = next();
     for (int64_t i = 1; i < count && first != nullptr; ++i) {
-      if (next() != first + i * width) return nullptr;
+      if (next() != first + i * width) return decltype(first){};
     }
     return first;
   }
@@ -146,7 +158,7 @@ struct Gradients {
   static constexpr int64_t kSliceRows = 8 * Products<S, Operand, Operand>::max_rows;
 
   // Some rows of one panel's columns of dW, of all rows of the data, rounded while they are in the first cache.
-  static void rounded_product(const Backward& p, const Left<Operand>& left, int64_t rows, const Panel<Operand>& panel,
+  static void rounded_product(const Left<Operand>& left, int64_t rows, int64_t whole, const Panel<Operand>& panel,
                               int columns, int64_t depth, E* out, int64_t out_stride) {
     constexpr int64_t width = W::widest;
     alignas(64) T tiles[kSliceRows * width];
@@ -154,7 +166,7 @@ struct Gradients {
     const bool by_lines = reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_stride % kNarrowLine == 0;
     for (int64_t first = 0; first < rows; first += kSliceRows) {
       const int64_t count = rows - first < kSliceRows ? rows - first : kSliceRows;
-      multiply<S>(Left<Operand>{left.data + first * left.row, left.row, left.depth}, count, gates * p.hidden, panel,
+      multiply<S>(Left<Operand>{left.data + first * left.row, left.row, left.depth}, count, whole, panel,
                   static_cast<int>(panel.stride), depth, tiles, width, false);
       for (int64_t i = 0; i < count; ++i) {
         E* const to = out + (first + i) * out_stride;
@@ -167,20 +179,22 @@ struct Gradients {
     }
   }
 
-  // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, or null for zeros. Where whole panels
+  // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, in memory or among dgates, or null for
+  // zeros. Where whole panels
   // can be dealt out evenly, each thread has some columns of dW; else some rows, and packs all panels for itself. What
   // is rounded goes by rows: each thread has paired columns of dgates for its own, and rounds in the end what it has
   // added up elsewhere than in dW itself (`out`).
   template <class Source>
   static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
-                              const Source& source, int64_t columns, bool recurrent, const Matrix& gradient,
+                              const Source& source, int64_t columns, Factor factor, const Matrix& gradient,
                               const Sums& out, int rank, int size) {
     const int64_t blocks = W::blocks(columns);
     const bool by_columns = kSame<T, E> && columns % (size * W::widest) == 0;
     const int64_t first_block = by_columns ? blocks / size * rank : 0;
     const int64_t last_block = by_columns ? first_block + blocks / size : blocks;
-    const int64_t begin = by_columns ? 0 : share_of(gates * p.hidden, rank, size);
-    const int64_t end = by_columns ? gates * p.hidden : share_of(gates * p.hidden, rank + 1, size);
+    const int64_t whole = D::rows_of(p, factor);
+    const int64_t begin = by_columns ? 0 : share_of(whole, rank, size);
+    const int64_t end = by_columns ? whole : share_of(whole, rank + 1, size);
     Operand* const packed = W::template own_panels<Operand>(plan, rank);
     const int64_t rows = chunk_rows(p, chunk);
     Cursor start{p.offsets[chunk.first], chunk.first, 0};
@@ -198,7 +212,7 @@ struct Gradients {
           const Block b = W::block(columns, index);
           const int width = b.vectors * S::lanes;
           const auto next = [&] {
-            const E* from = source(after);
+            const auto from = source(after);
             ++after.flat;
             if (++after.row == active_rows(p, after.t)) {
               ++after.t;
@@ -209,7 +223,7 @@ struct Gradients {
           after = start;
           if constexpr (kSame<T, E>) {
             // Rows of the only panel's width that lie beside one another are as it wants them.
-            const E* ready = width == columns ? together(next, depth, width) : nullptr;
+            const Operand* ready = width == columns ? together(next, depth, width) : nullptr;
             if (ready != nullptr) {
               panels = ready;
               continue;
@@ -224,16 +238,16 @@ struct Gradients {
           for (int64_t index = group; index < group_end; ++index) {
             const Block b = W::block(columns, index);
             const Panel<Operand> panel{panels + (index - group) * room, b.vectors * S::lanes};
-            D::for_each_stretch(p, recurrent, row, slice_end, [&](int64_t first, int64_t last, int64_t column) {
+            D::for_each_stretch(p, factor, row, slice_end, [&](int64_t first, int64_t last, int64_t column) {
               const Left<Operand> left = transposed(p, plan, dgates, k, column);
               if constexpr (!kSame<T, E>) {
                 if (rounds_tiles(p, plan)) {
-                  return rounded_product(p, left, last - first, panel, b.present, depth,
+                  return rounded_product(left, last - first, whole, panel, b.present, depth,
                                          at<E>(gradient, first, b.first), gradient.stride);
                 }
               }
-              multiply<S>(left, last - first, gates * p.hidden, panel, b.present, depth,
-                          out.data + first * out.stride + b.first, out.stride, out.again || k > 0);
+              multiply<S>(left, last - first, whole, panel, b.present, depth, out.data + first * out.stride + b.first,
+                          out.stride, out.again || k > 0);
             });
           }
         }
@@ -248,7 +262,7 @@ struct Gradients {
     const int width = b.vectors * S::lanes;
     for (int64_t i = 0; i < depth; ++i) {
       if constexpr (narrow_products) {
-        const E* even = next();
+        const auto even = next();
         pack_row_pair<S>(even, i + 1 < depth ? next() : nullptr, b, panel + i * width);
         ++i;
       } else {

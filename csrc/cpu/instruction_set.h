@@ -69,6 +69,7 @@ constexpr InstructionSet instruction_set(const char* name) {
   add(CellKind::rnn_relu, Rnn<true>{});
   add(CellKind::gru, Gru{});
   add(CellKind::lstm, Lstm{});
+  add(CellKind::projected_lstm, ProjectedLstm{});
   set.activation[static_cast<int>(Activation::sigmoid)][0] = activate<F, Activation::sigmoid>;
   set.activation[static_cast<int>(Activation::sigmoid)][1] = activate<D, Activation::sigmoid>;
   set.activation[static_cast<int>(Activation::tanh)][0] = activate<F, Activation::tanh>;

@@ -13,8 +13,10 @@ enum Region {
   // weights.h. Forward, where they are packed at use: one panel for each thread.
   kPackedHidden,
   kPackedInput,
-  kBias,    // forward: [G·H + H] in the order of the tile; backward: the running sums of dgates' rows
-  kState0,  // forward: h before and after the step by turns, [B, H] each
+  kPackedProjection,  // W_hr
+  kUnprojected,       // [B, H], forward: h of a step before its projection
+  kBias,              // forward: [G·H + H] in the order of the tile; backward: the running sums of dgates' rows
+  kState0,            // forward: h before and after the step by turns, [B, P] each
   kState1,
   // [B, H], forward: c of the last step, or h where the state is rounded; backward: what the cell carries back.
   kCell,
@@ -25,8 +27,9 @@ enum Region {
   // rows of dx or dh0 before they are rounded.
   kRows,
   kPanels,     // backward, for each thread: a stretch of a few panels
-  kSumsInput,  // dW_ih and dW_hh before they are rounded
+  kSumsInput,  // dW_ih, dW_hh and dW_hr before they are rounded
   kSumsHidden,
+  kSumsProjection,
   kRegions
 };
 

@@ -219,7 +219,7 @@ int64_t chunk_rows_of(const Problem& p, int64_t wanted) {
 Plan make_plan(const Forward& p, const InstructionSet& isa, const Kernel<Forward>& kernel, int groups, int threads) {
   const int64_t rows = p.offsets[p.steps];
   // A first step without a state has no recurrent product: half as much to add up for each row.
-  const int64_t depth = p.steps > 1 || p.h0.data != nullptr ? p.inputs + p.hidden : 2 * p.inputs;
+  const int64_t depth = p.steps > 1 || p.h0.data != nullptr ? p.inputs + p.outputs : 2 * p.inputs;
   const bool from_far = widths_of(p.cell).gates * p.hidden * depth * bytes_of(p.dtype) > kFarWeights;
   const int64_t read_again = (p.steps - 1) * (from_far ? kRowsPerFarStep : kRowsPerStep);
   const int64_t most = p.steps == 1 ? isa.most_unpacked_rows[static_cast<int>(p.dtype)] : kMostUnpackedRows;
@@ -250,7 +250,7 @@ Plan make_plan(const Backward& p, const InstructionSet&, const Kernel<Backward>&
   const int64_t few = p.steps == 1 ? kUnpackedBackwardStep : kUnpackedSteps;
   const bool narrow = bytes_of(p.dtype) == 2;
   if (!narrow && rows <= unpacked_rows.or_else(few)) return plan;
-  plan.hidden = packing(p.steps == 1, p.hidden);
+  plan.hidden = packing(p.steps == 1, p.outputs);
   // Read once a chunk, for dx: from the second chunk on packing pays.
   if (narrow || rows > wanted) plan.input = packing(rows <= plan.chunk_rows, p.inputs);
   return plan;

@@ -25,17 +25,23 @@ struct ThroughWeights {
     int64_t depth, columns;
     Region region;  // of its panels, where they are packed before
     Packing packing;
-    bool recurrent;
+    Factor factor;
     bool used;
     bool each_step;  // each step reads it
   };
   static Weight hidden(const Backward& p, const Plan& plan) {
     const bool each_step = p.steps > 1 && !p.dgates_given, used = each_step || p.dh0.data != nullptr;
-    return {p.weight_hh, Cell::gates * p.hidden, p.hidden, kPackedHidden, plan.hidden, true, used, each_step};
+    return {p.weight_hh, Cell::gates * p.hidden, p.outputs, kPackedHidden,
+            plan.hidden, Factor::hidden,         used,      each_step};
+  }
+  // Used at every step, even if there is one, and so packed before wherever W_hh is packed at all.
+  static Weight projection(const Backward& p, const Plan& plan) {
+    const Packing packing = plan.hidden == Packing::in_place ? Packing::in_place : Packing::before;
+    return {p.weight_hr, p.outputs, p.hidden, kPackedProjection, packing, Factor::projection, true, true};
   }
   static Weight input(const Backward& p, const Plan& plan) {
     const bool used = p.dx.data != nullptr;
-    return {p.weight_ih, Cell::gates * p.hidden, p.inputs, kPackedInput, plan.input, false, used, false};
+    return {p.weight_ih, Cell::gates * p.hidden, p.inputs, kPackedInput, plan.input, Factor::input, used, false};
   }
 
   // Whether W_hh's packed elements are as narrow as in memory: where the processor multiplies such, and where few rows
@@ -175,7 +181,7 @@ struct ThroughWeights {
     P* const own = own_panels<P>(plan, rank);
     const Block front = block(w.columns, begin), back = block(w.columns, end - 1);
     const Packing packing = packing_of(w, front);
-    D::for_each_stretch(p, w.recurrent, 0, w.depth, [&](int64_t first, int64_t last, int64_t column) {
+    D::for_each_stretch(p, w.factor, 0, w.depth, [&](int64_t first, int64_t last, int64_t column) {
       for (int64_t k = first; k < last; k += kDepth) {
         const int64_t depth = last - k < kDepth ? last - k : kDepth;
         if (packing == Packing::at_use) {

@@ -6,7 +6,7 @@
 namespace pyrnnfast {
 
 // As on the device, but for where the memory is.
-const Rules kBackendRules{Memory::cpu, true};
+const Rules kBackendRules{Memory::cpu, true, false};
 const char* const kArchitectures = "";
 const char* const kToolkit = "";
 

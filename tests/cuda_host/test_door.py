@@ -119,8 +119,17 @@ def test_a_refused_call_writes_nothing(function: str, form: str) -> None:
         assert torch.equal(t.nan_to_num(9e9), before[name].nan_to_num(9e9)), name
 
 
+@pytest.mark.parametrize("kind", junk.PROJECTED)
+def test_projections_are_refused(kind: str) -> None:
+    forward = forward_operands("lstm", junk.PROJECTED[kind], torch.float32)
+    del forward["threads"]
+    with pytest.raises(ValueError, match="a projection does not apply to this cell or device"):
+        call("forward", forward | {"form": "step", "tf32": False})
+
+
 if __name__ == "__main__":
     junk.call, junk.valid, junk.fingerprint = call, valid, fingerprint
     junk.BAD_OTHERS |= {"form": BAD_FORMS, "tf32": BAD_SWITCHES}
+    junk.EVERY_PROJECTED = []
     counts = getattr(junk, sys.argv[1])(*map(int, sys.argv[2:]))
     print(*(counts if isinstance(counts, tuple) else (counts,)))

@@ -98,7 +98,7 @@ def test_by_default_it_computes_what_it_tells(cell: str, kind: str) -> None:
 # Derivatives --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [case for case in SMALL if not case.single_step], ids=str)
+@pytest.mark.parametrize("case", [case for case in SMALL if not (case.single_step or case.projected)], ids=str)
 def test_gradcheck(case: Case) -> None:
     given = oracle.operands(case, torch.float64)
     parameters = dict(given.ours.named_parameters())
