@@ -225,7 +225,7 @@ Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Ru
   const size_t each = weights_each(o);
   const CellKind given = check_cell(cell), kind = each == 5 ? CellKind::projected_lstm : given;
   if (each == 5 && !(given == CellKind::lstm && rules.projections))
-    fail("a projection does not apply to this cell or device");
+    fail("five weights for each direction are for an LSTM with a projection on the CPU");
   const Widths& w = widths_of(kind);
   require_rows(o.x, "x");
   require_rows(o.y, "y");
@@ -233,7 +233,8 @@ Checked<P> check_layer(const std::string& cell, const LayerOperands& o, const Ru
   const Door door(o.x.type, o.x, rules), cells_door = door_of_cells(o.x, rules);
   const auto D = static_cast<int64_t>(o.weights.size() / each);
   if (!(o.weights.size() % each == 0 && (D == 1 || D == 2)))
-    fail("weights must be four for each of one or two directions, got " + std::to_string(o.weights.size()));
+    fail("weights must be four, or five with a projection, for each of one or two directions, got " +
+         std::to_string(o.weights.size()));
   if (!(o.kept.size() == static_cast<size_t>(2 * D) || (o.kept.empty() && !backward)))
     fail("kept must be two for each direction, got " + std::to_string(o.kept.size()));
   const int last = o.x.dimensions - 1;

@@ -56,7 +56,7 @@ struct BackwardOperands : LayerOperands {
   Operand grad_cells;                  // as y
   Operand dx, dh0, dc0;                // as x, h0
   std::vector<Operand> dweights;       // as weights
-  Operand dgates;                      // as y, with D·P·H columns
+  Operand dgates;                      // as y, with D·dgates·H columns (cells.h)
 };
 
 // The problem of each direction, and the memory that they point into: a copy would point into the original's.
@@ -74,7 +74,7 @@ struct Checked {
 Checked<Forward> check_forward(const std::string& cell, const ForwardOperands& operands, const Rules& rules);
 Checked<Backward> check_backward(const std::string& cell, const BackwardOperands& operands, const Rules& rules);
 // The gradients of weights and biases, four, alone: of rows x [N, I], the states before them [N, H], and dgates
-// [N, P·H].
+// of each.
 Checked<Backward> check_weight_gradients(const std::string& cell, const Operand& x, const Operand& states,
                                          const Operand& dgates, const std::vector<Operand>& dweights);
 CellKind check_cell(const std::string& name);

@@ -48,8 +48,8 @@ Operand rows_like(const Operand& like, const Operand& block, int64_t first) {
 
 int64_t rows_of(const Operand& x) { return x.dimensions == 3 ? x.shape[0] * x.shape[1] : x.shape[0]; }
 
-constexpr const char* kForward[kPlainForwardOperands] = {"types",  "form",   "x",  "batch_sizes", "weights",
-                                                         "inputs", "hidden", "hx", "grad"};
+constexpr const char* kForward[kPlainForwardOperands] = {"types",  "form",   "x",       "batch_sizes", "weights",
+                                                         "inputs", "hidden", "outputs", "hx",          "grad"};
 constexpr const char* kBackward[kPlainBackwardOperands] = {"types", "form", "x", "batch_sizes", "weights",  "needs",
                                                            "h0",    "c0",   "y", "kept",        "upstream", "dgates"};
 
@@ -125,14 +125,15 @@ std::vector<const char*> plain_backward_names(std::initializer_list<const char*>
 
 py::object forward_plain(const Arguments& arguments, const Backend& backend) {
   const PlainCall call(arguments);
-  const int64_t inputs = arguments.integer(5), hidden = arguments.integer(6);
-  const py::handle hx = arguments[7];
-  const bool grad = arguments[8].ptr() == Py_True;
+  const int64_t inputs = arguments.integer(5), hidden = arguments.integer(6), outputs = arguments.integer(7);
+  const py::handle hx = arguments[8];
+  const bool grad = arguments[9].ptr() == Py_True;
   Stack s;
   if (!read_form(call.form, s.form)) return py::none();
   Reader reader(call.types, backend.rules(), false);
   if (!reader.read_x(call, s.form, inputs, s.layout, s.x) || s.rows() < 1) return py::none();
-  if (!reader.read_weights(call.weights, s.form, s.weights) || s.hidden() != hidden) return py::none();
+  if (!reader.read_weights(call.weights, s.form, s.weights)) return py::none();
+  if (s.hidden() != hidden || s.columns_of_h() != outputs) return py::none();
   bool keep = grad && requires_grad(call.x);
   for (size_t i = 0; i < call.weights.size(); ++i) keep = keep || (grad && requires_grad(call.weights[i]));
   const bool lstm = s.has_cell();
@@ -143,7 +144,7 @@ py::object forward_plain(const Arguments& arguments, const Backend& backend) {
     for (int i = 0; i < (lstm ? 2 : 1); ++i) {
       const py::handle state = lstm ? py::handle(PyTuple_GET_ITEM(hx.ptr(), i)) : hx;
       // At most as many as there are rows; what does not fit is found out later.
-      const int64_t columns = i == 0 ? s.columns_of_h() : hidden;
+      const int64_t columns = i == 0 ? outputs : hidden;
       if (!reader.read_states(state, s.layout, *states[i], s.form.runs() * s.rows() * columns)) return py::none();
       if (states[i]->dimensions == 3 && states[i]->shape[0] != s.form.runs()) return py::none();
       keep = keep || (grad && requires_grad(state));
@@ -158,7 +159,7 @@ py::object forward_plain(const Arguments& arguments, const Backend& backend) {
     }
     Operand h_n, c_n;
     const py::object y_tensor = new_rows(call.x, s.x, s.layout, s.width(), s.y);
-    const py::object h_tensor = step ? y_tensor : new_states(call.x, s.form, s.layout, B, s.columns_of_h(), h_n);
+    const py::object h_tensor = step ? y_tensor : new_states(call.x, s.form, s.layout, B, outputs, h_n);
     if (step) h_n = s.y;
     const py::object c_tensor = lstm ? new_states(call.x, s.form, s.layout, B, hidden, c_n) : py::none();
     py::list blocks;

@@ -28,7 +28,7 @@ class Backend {
 std::vector<const char*> plain_forward_names(std::initializer_list<const char*> others);
 std::vector<const char*> plain_backward_names(std::initializer_list<const char*> others);
 // How many of the names are those of operands, and which is x.
-inline constexpr size_t kPlainForwardOperands = 9, kPlainBackwardOperands = 12, kPlainX = 2;
+inline constexpr size_t kPlainForwardOperands = 10, kPlainBackwardOperands = 12, kPlainX = 2;
 
 // Both have
 //
@@ -36,11 +36,12 @@ inline constexpr size_t kPlainForwardOperands = 9, kPlainBackwardOperands = 12, 
 // - form: (cell, layers, directions, single_step, batch_first), where `directions` are 1 or 2
 // - x: [T, B, I]; [B, T, I] with `batch_first`; [T, I] without a batch; [N, I] with batch_sizes; [B, I]: a step
 // - batch_sizes: None, or [T]
-// - weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction
+// - weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction, and with projections
+//   weight_hr behind them
 
-// And inputs, hidden, hx, grad. A pair. Where `grad` says that gradients are enabled and an operand asks for one: the
-// results y, h_n, c_n, or h, c, in a tuple, and in another what backward needs. Else what torch.nn's module, or its
-// cell, returns, and None.
+// And inputs, hidden, outputs (columns of h: P of projections, else H), hx, grad. A pair. Where `grad` says that
+// gradients are enabled and an operand asks for one: the results y, h_n, c_n, or h, c, in a tuple, and in another what
+// backward needs. Else what torch.nn's module, or its cell, returns, and None.
 //
 // None when anything is unusual: the caller then takes the general way, which puts it right or raises. hx: None, h0, or
 // for the LSTM (h0, c0).
@@ -51,7 +52,7 @@ pybind11::object forward_plain(const Arguments& arguments, const Backend& backen
 // side by side, as hooks for saved tensors may have changed them.
 //
 // needs: of x, h0, c0 and each weight, whether its gradient is wanted. y: None of a step, where its values are of no
-// use. kept: of forward_plain. upstream: the gradients of its results. dgates: whether, of a step, dgates [B, P·H] are
+// use. kept: of forward_plain. upstream: the gradients of its results. dgates: whether, of a step, dgates [B, …·H] are
 // wanted, too (cells.h); they stand behind the others then.
 pybind11::tuple backward_plain(const Arguments& arguments, const Backend& backend);
 

@@ -95,7 +95,7 @@ bool Reader::read_rows(py::handle tensor, Layout layout, Operand& o) {
 bool Reader::read_x(const PlainCall& call, const Form& form, int64_t inputs, Layout& layout, Operand& o) {
   py::handle tensor = call.x;
   if (form.single_step && !call.batch_sizes.is_none()) return false;
-  if (!plain(tensor, o) || o.dimensions < 1 || o.shape[o.dimensions - 1] != inputs) return false;
+  if (!plain(tensor, o) || o.dimensions < 1 || o.dimensions > 3 || o.shape[o.dimensions - 1] != inputs) return false;
   layout = form.single_step              ? Layout::step
            : !call.batch_sizes.is_none() ? Layout::packed
            : o.dimensions == 2           ? Layout::unbatched

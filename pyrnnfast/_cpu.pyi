@@ -45,6 +45,7 @@ def forward_plain(
     weights: tuple[object, ...],
     inputs: int,
     hidden: int,
+    outputs: int,
     hx: object,
     grad: bool,
     threads: int,

@@ -47,6 +47,7 @@ def forward_plain(
     weights: tuple[object, ...],
     inputs: int,
     hidden: int,
+    outputs: int,
     hx: object,
     grad: bool,
     forms: tuple[str, ...],

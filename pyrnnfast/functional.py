@@ -153,7 +153,8 @@ class Options(TypedDict, total=False):
     """[T, B], or [B, T] with ``batch_first``, bool: where the state is cleared before the step, as at the start of an
     episode or of a document. Backward in time, it is cleared between the same two steps."""
     cell_states: bool
-    """LSTM: a third result, the cell states of the last layer at every step, in the shape and dtype of the output."""
+    """LSTM: a third result, the cell states of the last layer at every step, [T, B, D·H] in the layout of the output
+    and the dtype of c_n."""
 
 
 _OPTIONS = frozenset(Options.__annotations__)
@@ -188,7 +189,7 @@ def _call(
     suits = plain.suits(spec.num_layers, spec.dropout, spec.training, spec.cell_states)
     if suits and lengths is None and reset is None and type(input) in plain.INPUTS and len(weights) == spec.weights:
         form = cell, spec.num_layers, spec.directions, spec.single_step, spec.batch_first
-        found = plain.call(form, spec.input_size, spec.hidden_size, input, hx, weights, otherwise)
+        found = plain.call(form, spec.input_size, spec.hidden_size, spec.outputs, input, hx, weights, otherwise)
         if found is not None:
             return found
     return call(spec, input, hx, weights, otherwise, layers.extras(lengths, reset))
@@ -250,7 +251,8 @@ def lstm(
 
     Arguments, results and errors as of :func:`rnn`, with weights of 4·H rows in the order i, f, g, o, and with pairs
     (h, c) for the initial and the final states. Projections (Sak, Senior & Beaufays 2014) are there if each layer and
-    direction has one more weight, ``weight_hr`` [P, H], behind the others; h has P columns then, and ``weight_hh``.
+    direction has one more weight, ``weight_hr`` [P, H] with P < H, behind the others; h has P columns then, and so does
+    ``weight_hh``.
     """
     return _call("lstm", input, hx, weights, options)  # type: ignore[no-any-return]
 

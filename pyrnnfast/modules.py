@@ -140,7 +140,8 @@ class _Layers(_Ours, torch.nn.RNNBase):
             suits = plain.suits(self.num_layers, self.dropout, self.training, self.cell_states)
             if suits and not extras.given:
                 form = self.mode.lower(), self.num_layers, 2 if self.bidirectional else 1, False, self.batch_first
-                found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights, super().forward)
+                hidden, outputs = self.hidden_size, self.proj_size or self.hidden_size
+                found = plain.call(form, self.input_size, hidden, outputs, input, hx, weights, super().forward)
                 if found is not None:
                     return found
         elif isinstance(input, torch.fx.Proxy):
@@ -207,7 +208,8 @@ class LSTM(_Layers, torch.nn.LSTM):
     """``torch.nn.LSTM`` on fused kernels.
 
     Args:
-        cell_states: a third result, the cell states of the last layer at every step, [T, B, D·H] like the output
+        cell_states: a third result, the cell states of the last layer at every step, [T, B, D·H] in the layout of the
+            output
     """
 
     _own_options = ("cell_states",)
@@ -251,7 +253,8 @@ class _Cells(_Ours, torch.nn.RNNCellBase):
             return super().forward(input, hx)  # the less is asked, the less the graph has to look at each time
         if type(input) is Tensor:
             form = self._kind(), 1, 1, True, False
-            found = plain.call(form, self.input_size, self.hidden_size, input, hx, weights, super().forward)
+            hidden = self.hidden_size
+            found = plain.call(form, self.input_size, hidden, hidden, input, hx, weights, super().forward)
             if found is not None:
                 return found
         elif isinstance(input, torch.fx.Proxy):

@@ -29,6 +29,7 @@ def call(
     form: Form,
     input_size: int,
     hidden_size: int,
+    outputs: int,
     input: Tensor | PackedSequence,
     hx: Any,
     weights: Sequence[Tensor],
@@ -37,10 +38,12 @@ def call(
     """What torch.nn's module would return, or None where the call is not plain.
 
     Args:
+        outputs: columns of h of a direction, P of projections or H
         input: of exactly one of these types; [T, B, I], [B, T, I] with ``batch_first``, or [T, I] unbatched; or of a
             step [B, I]
         hx: None, or [layers·D, B, H] (without B when unbatched; of a step [B, H]), or of the LSTM a pair of them
-        weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction
+        weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction, and with projections
+            weight_hr behind them
         otherwise: torch's own way to do it, given input and hx
 
     Raises:
@@ -57,7 +60,7 @@ def call(
             return None
     weights = tuple(weights)
     if cuda.takes(x):
-        spec = stack.spec_of(form, input_size, hidden_size, weights)
+        spec = stack.spec_of(form, input_size, hidden_size, outputs, weights)
         by_torch = roads.are_all_torchs(x, form[3])
         if not by_torch:
             if form[3] or spec.proj_size or torch.is_autocast_enabled("cuda"):
@@ -85,7 +88,7 @@ def call(
         if not all(isinstance(s, Tensor) and s.dim() == 3 and s.shape[1:2] == order.shape for s in states):
             return None
         hx = layers.permuted(hx, order)
-    results = stack.run(form, problem, input_size, hidden_size, x, batch_sizes, hx, weights)
+    results = stack.run(form, problem, input_size, hidden_size, outputs, x, batch_sizes, hx, weights)
     if results is None:
         return None
     if batch_sizes is None:

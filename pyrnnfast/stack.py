@@ -37,6 +37,7 @@ def run(
     problem: Problem | None,
     input_size: int,
     hidden_size: int,
+    outputs: int,
     x: Tensor,
     batch_sizes: Tensor | None,
     hx: Any,
@@ -46,12 +47,14 @@ def run(
 
     Args:
         problem: of a call on CUDA, what it is
+        outputs: columns of h of a direction, P of projections or H
         x: [T, B, I], [B, T, I] with ``batch_first``, [T, I] unbatched, [N, I] with ``batch_sizes``; or of a step [B, I]
         hx: None, or [layers·D, B, H] (without B when unbatched; of a step [B, H]), or of the LSTM a pair of them
-        weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction
+        weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction, and with projections
+            weight_hr behind them
     """
     kernel, own = _pass(problem, x, False)
-    operands = x, batch_sizes, weights, input_size, hidden_size, hx, torch.is_grad_enabled()
+    operands = x, batch_sizes, weights, input_size, hidden_size, outputs, hx, torch.is_grad_enabled()
     found = profiled(form[0], "forward", kernel, PLAIN, form, *operands, *own)
     if found is None:
         return None
@@ -85,14 +88,14 @@ def layer(
 ) -> autograd.Outputs:
     """One layer, as :func:`pyrnnfast.autograd.layer`, which does what is unusual."""
     if not cell_states and not isinstance(steps, Mask):
-        directions, hidden, _ = sizes(weights)
+        directions, hidden, outputs = sizes(weights)
         given = tuple([w for w in weights if w is not None])
         problem = None
         if cuda.takes(x):
             training = autograd.differentiable(x, h0, c0, *given)
             problem = cuda.problem_of_layer(cell, x, steps, hidden, directions == 2, training)
         hx = h0 if c0 is None else (h0, c0)
-        found = run((cell, 1, directions, False, False), problem, x.shape[-1], hidden, x, steps, hx, given)
+        found = run((cell, 1, directions, False, False), problem, x.shape[-1], hidden, outputs, x, steps, hx, given)
         if found is not None:
             y, states = found
             h_n, c_n = states if isinstance(states, tuple) else (states, None)
@@ -170,7 +173,7 @@ class _Plain(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Plain).apply
 
 
-def spec_of(form: Form, input_size: int, hidden_size: int, weights: Sequence[Tensor]) -> Spec:
+def spec_of(form: Form, input_size: int, hidden_size: int, outputs: int, weights: Sequence[Tensor]) -> Spec:
     cell, count, directions, single_step, batch_first = form
     each = len(weights) // (count * directions)
     return Spec(
@@ -181,7 +184,7 @@ def spec_of(form: Form, input_size: int, hidden_size: int, weights: Sequence[Ten
         bias=each > 3,
         batch_first=batch_first,
         bidirectional=directions == 2,
-        proj_size=weights[1].shape[1] if each % 2 else 0,
+        proj_size=outputs if each % 2 else 0,
         single_step=single_step,
     )
 
@@ -191,7 +194,8 @@ def _by_reference(
 ) -> list[Tensor]:
     """The results of such a call by :mod:`pyrnnfast.reference`."""
     single_step = form[3]
-    spec = spec_of(form, weights[0].shape[1], len(weights[0]) // CELLS[form[0]].gates, weights)
+    hidden_size, outputs = len(weights[0]) // CELLS[form[0]].gates, weights[1].shape[1]
+    spec = spec_of(form, weights[0].shape[1], hidden_size, outputs, weights)
     from . import layers  # which has this for eager calls
 
     input = x if batch_sizes is None else PackedSequence(x, batch_sizes)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import pyrnnfast
-from pyrnnfast import _cpu, passes, plain
+from pyrnnfast import _cpu, passes, plain, reference
 
 
 def is_plain(c: Case) -> bool:
@@ -386,11 +386,37 @@ def test_not_a_number_from_upstream_goes_where_it_goes_in_torch(case: Case) -> N
     assert len(found[0]) == 1 + len(list(case.module(pyrnnfast).parameters()))
 
 
+def test_other_projections_than_the_modules_raise(taken: list[bool]) -> None:
+    """Where the weights fit one another, but not proj_size."""
+    x, module = torch.ones(4, 3, 5), pyrnnfast.LSTM(5, 8, proj_size=3)
+    module.weight_hh_l0 = torch.nn.Parameter(torch.ones(32, 2))
+    module.weight_hr_l0 = torch.nn.Parameter(torch.ones(2, 8))
+    for hx in (None, (torch.ones(1, 3, 2), torch.ones(1, 3, 8))):
+        with pytest.raises(RuntimeError, match=r"LSTM: a weight has the shape \[32, 2\], where \[32, 3\] is expected"):
+            module(x, hx)
+    assert not any(taken)
+
+
+@pytest.mark.parametrize(("hidden", "projected"), [(1, 1), (4, 4), (5, 70), (17, 33)])
+def test_projections_to_more_columns(hidden: int, projected: int) -> None:
+    """torch's modules refuse them, the functions do not."""
+    torch.manual_seed(0)
+    shapes = (4 * hidden, 3), (4 * hidden, projected), (4 * hidden,), (4 * hidden,), (projected, hidden)
+    weights = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in shapes]
+    x = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+    found = pyrnnfast.functional.lstm(x, None, weights)
+    y, final = reference.stack("lstm", x.flatten(0, 1), None, [[weights]], [2] * 6)
+    expected = y.view(6, 2, projected), final
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(r[0].sin().sum() + r[1][1].sum(), [x, *weights]) for r in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
 def test_a_truth_that_is_no_bool_is_not_decided_here() -> None:
     for value in (1, 0, None, np.True_, "yes"):
         x = torch.ones(2, 1, 4)
         for form in (("gru", 1, 1, False, value), ("gru", 1, 1, value, False)):
-            assert _cpu.forward_plain(TYPES, form, x, None, GRU, 4, 3, None, False, 1) is None
+            assert _cpu.forward_plain(TYPES, form, x, None, GRU, 4, 3, 3, None, False, 1) is None
 
 
 def test_cell_states_of_a_class(taken: list[bool]) -> None:
@@ -534,6 +560,7 @@ def test_junk_raises_or_is_refused() -> None:
         "weights": GRU,
         "inputs": 4,
         "hidden": 3,
+        "outputs": 3,
         "hx": None,
         "grad": False,
         "threads": 1,
@@ -556,6 +583,7 @@ def test_junk_raises_or_is_refused() -> None:
         torch.ones(()),
         torch.ones(4),
         torch.ones(2, 3),
+        torch.ones(2, 1, 1, 1, 4),
         torch.ones(2, 1, 5),
         torch.ones(0, 1, 4),
     ):
@@ -576,7 +604,7 @@ def test_junk_raises_or_is_refused() -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
         refused(x=two_rows, batch_sizes=3)
     assert refused(batch_sizes=torch.tensor([1, 1]))  # of x with three dimensions
-    for changes in ({"inputs": 5}, {"hidden": 4}, {"hidden": 1 << 60}, {"hidden": -3}):
+    for changes in ({"inputs": 5}, {"hidden": 4}, {"hidden": 1 << 60}, {"hidden": -3}, {"outputs": 2}, {"outputs": 4}):
         assert refused(**changes), changes
     for hx in (3, torch.ones(1, 1, 4), torch.ones(2, 1, 3), torch.ones(1, 3), (torch.ones(1, 1, 3),) * 2):
         assert refused(hx=hx), hx

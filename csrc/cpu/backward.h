@@ -117,16 +117,10 @@ struct BackwardPass {
             row += rows;
           }
         };
-        if constexpr (Cell::projects) {
-          // Those that start here as well, and in tiles of their own, so that no bits depend on how rows are shared.
-          stretch(share.row_begin, continuing, heights, nullptr);
-          stretch(starting, end, starting_heights, nullptr);
-        } else {
-          stretch(share.row_begin, continuing, heights, dgates);
-          stretch(starting, end, starting_heights, nullptr);
-          if (p.dh0.data != nullptr) {
-            leave(p, plan, {first_to_leave, leaving, number, number + 1}, dgates, share.rank);
-          }
+        stretch(share.row_begin, continuing, heights, dgates);
+        stretch(starting, end, starting_heights, nullptr);
+        if (!Cell::projects && p.dh0.data != nullptr) {
+          leave(p, plan, {first_to_leave, leaving, number, number + 1}, dgates, share.rank);
         }
       }
       meet(share);
@@ -243,7 +237,7 @@ struct BackwardPass {
       if (m.data == nullptr || lines <= 0 || lines > most) return {};
       return {reinterpret_cast<const char*>(at<const E>(m, p.offsets[t] + share.row_begin, 0)), lines};
     };
-    return {stretch(p.saved), stretch(p.grad_y)};
+    return {stretch(p.saved), Cell::projects ? Stretch{} : stretch(p.grad_y)};
   }
 
   // tile = dgates W for a block of the weight's columns.
@@ -287,6 +281,10 @@ struct BackwardPass {
   static void output_tile(const Backward& p, const Plan& plan, const Chunk& chunk, const Place& place, const Block& b,
                           const Operand* dgates) {
     alignas(64) T tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
+    for (int m = 0; m < place.rows; ++m) {
+      for (int v = 0; v < b.vectors; ++v)
+        prefetch(p.grad_y, p.offsets[place.t] + place.row + m, b.first + v * S::lanes, sizeof(E));
+    }
     product_or_last(p, plan, b, dgates, place, tile);
     Operand* to = D::at_step(p, plan, chunk, place.t) + place.row * D::stride(p) + D::of_output(p) + b.first;
     for (int m = 0; m < place.rows; ++m, to += D::stride(p)) {
@@ -300,7 +298,8 @@ struct BackwardPass {
     }
   }
 
-  // `dgates`: of the step before, row 0; null: there is none, and ∂L/∂h_n takes the place of the product.
+  // `dgates`: of the step before, row 0; null: there is none, and ∂L/∂h_n takes the place of the product. Where h is
+  // projected, output_tile has seen to that.
   static void one_tile(const Backward& p, const Plan& plan, const Chunk& chunk, const Place& place, const Block& b,
                        const Operand* dgates) {
     alignas(64) T tile[Products<S, T, T>::max_rows * kMaxVectors * S::lanes];
@@ -325,7 +324,7 @@ struct BackwardPass {
   static void prefetch_row(const Backward& p, int64_t t, int64_t row, int64_t unit) {
     const int64_t flat = p.offsets[t] + row;
     for (int g = 0; g < Cell::saved; ++g) prefetch(p.saved, flat, g * p.hidden + unit, sizeof(E));
-    prefetch(p.grad_y, flat, unit, sizeof(E));
+    if constexpr (!Cell::projects) prefetch(p.grad_y, flat, unit, sizeof(E));
     if constexpr (Cell::has_cell) prefetch(p.cells, flat, unit, sizeof(T));
     if constexpr (Cell::backward_reads_h) prefetch(p.y, flat, unit, sizeof(E));
   }

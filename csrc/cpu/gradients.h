@@ -180,10 +180,9 @@ struct Gradients {
   }
 
   // dW += dgatesᵀ rows, where source(cursor) is a row of `columns` elements, in memory or among dgates, or null for
-  // zeros. Where whole panels
-  // can be dealt out evenly, each thread has some columns of dW; else some rows, and packs all panels for itself. What
-  // is rounded goes by rows: each thread has paired columns of dgates for its own, and rounds in the end what it has
-  // added up elsewhere than in dW itself (`out`).
+  // zeros. Where whole panels can be dealt out evenly, each thread has some columns of dW; else some rows, and packs
+  // all panels for itself. What is rounded goes by rows: each thread has paired columns of dgates for its own, and
+  // rounds in the end what it has added up elsewhere than in dW itself (`out`).
   template <class Source>
   static void weight_gradient(const Backward& p, const Plan& plan, const Chunk& chunk, const Operand* dgates,
                               const Source& source, int64_t columns, Factor factor, const Matrix& gradient,

@@ -80,9 +80,10 @@ constexpr InstructionSet instruction_set(const char* name) {
   set.depth_per_row[static_cast<int>(Dtype::bfloat16)] = Bytes == 16 ? 64 : 18;
   set.depth_per_row[static_cast<int>(Dtype::float16)] = Bytes == 64 ? 18 : Bytes == 32 ? 13 : 64;
   for (int64_t& rows : set.most_unpacked_rows) rows = Bytes == 16 ? 96 : 24;
-  // Where no instruction widens float16, packing saves most of it.
-  set.most_unpacked_rows[static_cast<int>(Dtype::float16)] = Bytes == 64 ? 24 : Bytes == 32 ? 40 : 2;
   if (F::has_pair_product) set.most_unpacked_rows[static_cast<int>(Dtype::bfloat16)] = 40;
+  if (Bytes == 32) set.most_unpacked_rows[static_cast<int>(Dtype::float16)] = 40;
+  // Packing saves most of what it takes to widen it.
+  if (!F::converts_fp16) set.most_unpacked_rows[static_cast<int>(Dtype::float16)] = 2;
   set.product[0] = multiply_share<F>;
   set.product[1] = multiply_share<D>;
   set.product_panel_bytes = kDepth * kMaxVectors * Bytes;

@@ -185,22 +185,27 @@ template <>
 struct Order<Backward> {
   static constexpr bool products_first = false;
   static bool descending(const Backward& p) { return !p.reverse; }
-  static std::array<Result, 3> results(const Backward& p) {
+  static std::array<Result, 4> results(const Backward& p) {
     const int64_t gate_rows = widths_of(p.cell).gates * p.hidden, element = bytes_of(p.dtype);
     return {Result(p.dx, p.offsets[p.steps], element), Result(p.dweight_ih, gate_rows, element),
-            Result(p.dweight_hh, gate_rows, element)};
+            Result(p.dweight_hh, gate_rows, element), Result(p.dweight_hr, p.outputs, element)};
   }
 };
 
 // Whether so many blocks are about even shares for the threads, whatever is left over.
 bool deal_evenly(int64_t blocks, int threads) { return blocks % threads == 0 || blocks >= 4 * threads; }
 
+// What a step of the recurrence multiplies with.
+int64_t weights_of_step(const Problem& p) {
+  return (widths_of(p.cell).gates + (p.weight_hr.data != nullptr ? 1 : 0)) * p.hidden * p.outputs;
+}
+
 // Into how many groups the rows are cut, each for one thread or for several that share its units. Groups do not
 // wait for one another within a chunk; but those of ragged rows end at different times, whatever the cut, as rows go by
 // whole tiles.
 // `rows_set`: the threshold, read once for the whole team.
 int groups_of(const Problem& p, int64_t blocks, int64_t rows_set, int threads) {
-  const bool large = widths_of(p.cell).gates * p.hidden * p.hidden >= kLargeWeights;
+  const bool large = weights_of_step(p) >= kLargeWeights;
   // Of a single step no thread waits for another between steps, and each reads its part of the weights only.
   const bool apart = p.steps == 1 && deal_evenly(blocks, threads);
   const bool share_units = !is_dense(p) || (large && p.batch < kFewRows * threads) || apart;
@@ -241,7 +246,7 @@ Plan make_plan(const Backward& p, const InstructionSet&, const Kernel<Backward>&
   Plan plan{};
   plan.threads = threads;
   // Each chunk reads and writes dW once, and its dgates: this many rows balance the two.
-  const int64_t wanted = chunk_rows.or_else(std::clamp<int64_t>(p.inputs + p.hidden, 256, 512));
+  const int64_t wanted = chunk_rows.or_else(std::clamp<int64_t>(p.inputs + p.outputs, 256, 512));
   plan.chunk_rows = chunk_rows_of(p, wanted);
   // Threads that cannot share panels evenly share rows, and would all pack all panels.
   const auto packing = [&](bool used_once, int64_t columns) {
@@ -331,9 +336,9 @@ template <class P>
 void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, int threads) {
   const int64_t rows = p.offsets[p.steps];
   // A step counts as a row more: even of one row it has to read all the weights.
+  const auto weights = static_cast<double>(widths_of(p.cell).gates * p.hidden * p.inputs + weights_of_step(p));
   const double operations =
-      static_cast<double>(rows + p.steps) * static_cast<double>(p.hidden) *
-      (2.0 * static_cast<double>(widths_of(p.cell).gates) * static_cast<double>(p.inputs + p.hidden) + kTailOperations);
+      static_cast<double>(rows + p.steps) * (2.0 * weights + kTailOperations * static_cast<double>(p.hidden));
   if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
   const int64_t blocks = kernel.blocks(p.hidden), rows_set = rows_per_thread.or_else(-1);
   const int groups = groups_of(p, blocks, rows_set, threads);

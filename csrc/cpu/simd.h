@@ -66,6 +66,13 @@ struct Simd {
   static constexpr int registers = Bytes == 64 ? 32 : 16;
 #endif
 
+  // Whether instructions widen and round float16.
+#if defined(__AVX512F__) || defined(__F16C__) || defined(__aarch64__)
+  static constexpr bool converts_fp16 = true;
+#else
+  static constexpr bool converts_fp16 = false;
+#endif
+
   // Whether pair_product is there: products of bfloat16 by the processor itself, at twice the speed of float32.
 #if defined(__AVX512BF16__)
   static constexpr bool has_pair_product = Bytes == 64 && !is_double;

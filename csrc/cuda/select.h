@@ -30,7 +30,7 @@ auto with_cell(CellKind kind, const Body& body) {
       return body(Rnn<true>{});
     case CellKind::gru:
       return body(Gru{});
-    default:
+    default:  // there are no projections: kCudaRules
       return body(Lstm{});
   }
 }

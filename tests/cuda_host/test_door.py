@@ -17,12 +17,9 @@ import numpy as np
 import pytest
 import test_junk as junk
 import torch
-from cases import CELLS
-from emulated import NUMBERS, dense, run_backward, run_forward
+from emulated import NUMBERS, dense, run_forward
 from kernels import Layer, Operands, backward_operands, forward_operands, tensors
 from torch import Tensor
-
-from pyrnnfast import _cpu
 
 BAD_FORMS: list[Any] = ["", "Step", "step ", "persistent\0", "fused", "x" * 10_000, None, 3, b"step", ["step"]]
 BAD_SWITCHES: list[Any] = [0, 1, None, "", "True", np.True_, torch.tensor(True)]
@@ -81,15 +78,6 @@ def test_the_valid_calls_are_valid(function: str, cell: str, kind: str, dtype: t
     assert all(t.isfinite().all() for t in fingerprint(function, cell, kind, dtype).values())
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_float16_is_for_cuda_alone(cell: str) -> None:
-    forward = run_forward(cell, junk.LAYERS["dense"], NUMBERS["float16"], "step")
-    backward = run_backward(forward, NUMBERS["float16"], "step")
-    for function, operands in ((_cpu.forward, forward), (_cpu.backward, backward)):
-        with pytest.raises(ValueError, match="x must be a float32, float64 or bfloat16 tensor"):
-            function(**operands, threads=1)
-
-
 NO_PLAN: dict[str, tuple[str, Layer, str]] = {
     "float64": ("float64", dense(3, 2, 5), "does not serve float64"),
     "float32": ("float32", dense(3, 2, 5), "TF32 alone"),
@@ -123,7 +111,9 @@ def test_a_refused_call_writes_nothing(function: str, form: str) -> None:
 def test_projections_are_refused(kind: str) -> None:
     forward = forward_operands("lstm", junk.PROJECTED[kind], torch.float32)
     del forward["threads"]
-    with pytest.raises(ValueError, match="a projection does not apply to this cell or device"):
+    with pytest.raises(
+        ValueError, match="five weights for each direction are for an LSTM with a projection on the CPU"
+    ):
         call("forward", forward | {"form": "step", "tf32": False})
 
 

@@ -166,6 +166,7 @@ def test_what_is_not_plain() -> None:
             "weights": GRU,
             "inputs": 4,
             "hidden": 3,
+            "outputs": 3,
             "hx": None,
             "grad": True,
             "forms": ("step",),
