@@ -27,7 +27,6 @@ struct BackwardPass {
 
   static int64_t blocks(int64_t columns) { return W::blocks(columns); }
   static Block block(const Backward& p, int64_t index) { return W::block(p.hidden, index); }
-  static Block output_block(const Backward& p, int64_t index) { return W::block(p.outputs, index); }
 
   static void layout(const Backward& p, const Plan& plan, int64_t* bytes) {
     constexpr auto size = static_cast<int64_t>(sizeof(T)), narrow_size = static_cast<int64_t>(sizeof(Operand));
@@ -85,12 +84,13 @@ struct BackwardPass {
       // Sequences that had their first step just before, in a layer that runs backward.
       const int64_t first_to_leave = end > share.row_begin ? end : share.row_begin;
       if constexpr (Cell::projects) {
-        const int64_t blocks = W::blocks(p.outputs), last = share_of(blocks, share.member + 1, share.members);
+        const typename W::Weight hidden = W::hidden(p, plan);
+        const int64_t blocks = W::blocks(hidden), last = share_of(blocks, share.member + 1, share.members);
         for (int64_t number = share_of(blocks, share.member, share.members); number < last; ++number) {
           const auto stretch = [&](int64_t row, int64_t row_end, const Heights& own, const Operand* before_them) {
             for (int64_t tile = 0; row < row_end; ++tile) {
               const int rows = own[tile];
-              output_tile(p, plan, chunk, Place{t, row, rows, 0, 0, {}}, output_block(p, number), before_them);
+              output_tile(p, plan, chunk, Place{t, row, rows, 0, 0, {}}, W::block(hidden, number), before_them);
               row += rows;
             }
           };

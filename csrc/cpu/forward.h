@@ -34,8 +34,12 @@ struct ForwardPass {
   static Block block(const Forward& p, int64_t index) { return block_at<S>(p.hidden, unit_vectors, index); }
 
   // Of the columns of a projected h.
-  static int64_t output_blocks(const Forward& p) { return ceil_div(p.outputs, kMaxVectors * S::lanes); }
-  static Block output_block(const Forward& p, int64_t index) { return block_at<S>(p.outputs, kMaxVectors, index); }
+  static int64_t output_blocks(const Forward& p, const Plan& plan) {
+    return ceil_div(p.outputs, plan.output_vectors * S::lanes);
+  }
+  static Block output_block(const Forward& p, const Plan& plan, int64_t index) {
+    return block_at<S>(p.outputs, plan.output_vectors, index);
+  }
 
   static bool packed(const Plan& plan) { return plan.hidden != Packing::in_place; }
   static bool at_use(const Plan& plan) { return plan.hidden == Packing::at_use; }
@@ -299,9 +303,9 @@ struct ForwardPass {
   }
   static void pack_projection(const Forward& p, const Plan& plan, const Share& share) {
     if (!packed(plan)) return;
-    const Blocks own = blocks_to_pack(output_blocks(p), share);
+    const Blocks own = blocks_to_pack(output_blocks(p, plan), share);
     for (int64_t index = own.begin; index < own.end; ++index) {
-      const Block b = output_block(p, index);
+      const Block b = output_block(p, plan, index);
       const auto pack = [&](auto* panel) {
         pack_by_unit<S>(static_cast<const E*>(p.weight_hr.data), p.weight_hr.stride, 1, p.outputs, p.hidden, b, panel);
       };
@@ -316,9 +320,9 @@ struct ForwardPass {
   // The projection of the share's rows of a step, up to row `end`; of its columns each member has some.
   static void project(const Forward& p, const Plan& plan, Place place, const Heights& heights, int64_t end,
                       const Share& share) {
-    const int64_t blocks = output_blocks(p), last = share_of(blocks, share.member + 1, share.members);
+    const int64_t blocks = output_blocks(p, plan), last = share_of(blocks, share.member + 1, share.members);
     for (int64_t index = share_of(blocks, share.member, share.members); index < last; ++index) {
-      const Block b = output_block(p, index);
+      const Block b = output_block(p, plan, index);
       place.index = 0;
       for (place.row = share.row_begin; place.row < end; place.row += place.rows) {
         place.rows = heights[place.index++];

@@ -10,7 +10,7 @@ namespace {
 template <template <class, class, class> class Pass, class P, class Cell, class S, class E>
 constexpr Kernel<P> kernel() {
   using W = Pass<Cell, S, E>;
-  return {W::blocks, W::layout, W::begin, W::sweep, W::products, W::end};
+  return {W::blocks, output_vectors<S, P>, W::layout, W::begin, W::sweep, W::products, W::end};
 }
 
 template <class S, Activation kind>

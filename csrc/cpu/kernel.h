@@ -45,6 +45,7 @@ struct Plan {
   Packing hidden, input;  // of W_hh and W_ih; forward both are packed, or neither
   int64_t chunk_rows;     // at most so many rows in a chunk of steps, unless one step has more
   int threads;
+  int output_vectors;  // of a block of the columns of a projected h
   void* region[kRegions];
 };
 
@@ -69,6 +70,7 @@ template <class P>
 struct Kernel {
   // Into how many blocks so many columns are cut: hidden units; backward, those of W_ih as well.
   int64_t (*blocks)(int64_t columns);
+  int (*output_vectors)(const P&, int members);           // see Plan
   void (*layout)(const P&, const Plan&, int64_t* bytes);  // of each region
   void (*begin)(const P&, const Plan&, const Share&);     // packs weights for the whole pass, sets the first states
   // The recurrence over a chunk; `before` is the chunk that came before it in the order of the pass.

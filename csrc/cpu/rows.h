@@ -86,6 +86,16 @@ int64_t padded(int64_t count) {
   return ceil_div(count, S::lanes) * S::lanes;
 }
 
+// How many vectors wide the blocks of a projected h's columns are: as wide as can be, but where several threads share
+// them at each step, each is to have one. No bits depend on it.
+template <class S, class P>
+int output_vectors(const P& p, int members) {
+  const bool shared = p.weight_hr.data != nullptr && p.steps > 1;
+  int vectors = kMaxVectors;
+  while (shared && vectors > 1 && ceil_div(p.outputs, vectors * S::lanes) < members) vectors /= 2;
+  return vectors;
+}
+
 // `n` lanes of a vector starting at a column of a row; whole vectors are the common case.
 template <class S, bool Whole>
 struct Lanes {

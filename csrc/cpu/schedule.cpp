@@ -231,6 +231,7 @@ Plan make_plan(const Forward& p, const InstructionSet& isa, const Kernel<Forward
   const int64_t few = std::min(depth / isa.depth_per_row[static_cast<int>(p.dtype)], most) - read_again;
   Plan plan{};
   plan.threads = threads;
+  plan.output_vectors = kernel.output_vectors(p, threads / groups);
   if (rows > unpacked_rows.or_else(few)) plan.hidden = p.steps == 1 && groups == 1 ? Packing::at_use : Packing::before;
   // Few, so that the chunk stays in the second cache; more where W_ih itself has to come from far away for each chunk.
   const bool far = widths_of(p.cell).gates * p.hidden * p.inputs >= (int64_t{2} << 20);
@@ -241,10 +242,11 @@ Plan make_plan(const Forward& p, const InstructionSet& isa, const Kernel<Forward
   return plan;
 }
 
-Plan make_plan(const Backward& p, const InstructionSet&, const Kernel<Backward>& kernel, int, int threads) {
+Plan make_plan(const Backward& p, const InstructionSet&, const Kernel<Backward>& kernel, int groups, int threads) {
   const int64_t rows = p.offsets[p.steps];
   Plan plan{};
   plan.threads = threads;
+  plan.output_vectors = kernel.output_vectors(p, threads / groups);
   // Each chunk reads and writes dW once, and its dgates: this many rows balance the two.
   const int64_t wanted = chunk_rows.or_else(std::clamp<int64_t>(p.inputs + p.outputs, 256, 512));
   plan.chunk_rows = chunk_rows_of(p, wanted);

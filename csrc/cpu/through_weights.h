@@ -26,22 +26,27 @@ struct ThroughWeights {
     Region region;  // of its panels, where they are packed before
     Packing packing;
     Factor factor;
+    int vectors;  // of a block of its columns
     bool used;
     bool each_step;  // each step reads it
   };
+  static int64_t blocks(const Weight& w) { return ceil_div(w.columns, w.vectors * S::lanes); }
+  static Block block(const Weight& w, int64_t index) { return block_at<S>(w.columns, w.vectors, index); }
+
   static Weight hidden(const Backward& p, const Plan& plan) {
     const bool each_step = p.steps > 1 && !p.dgates_given, used = each_step || p.dh0.data != nullptr;
-    return {p.weight_hh, Cell::gates * p.hidden, p.outputs, kPackedHidden,
-            plan.hidden, Factor::hidden,         used,      each_step};
+    return {p.weight_hh,    Cell::gates * p.hidden, p.outputs, kPackedHidden, plan.hidden,
+            Factor::hidden, plan.output_vectors,    used,      each_step};
   }
   // Used at every step, even if there is one, and so packed before wherever W_hh is packed at all.
   static Weight projection(const Backward& p, const Plan& plan) {
     const Packing packing = plan.hidden == Packing::in_place ? Packing::in_place : Packing::before;
-    return {p.weight_hr, p.outputs, p.hidden, kPackedProjection, packing, Factor::projection, true, true};
+    return {p.weight_hr, p.outputs, p.hidden, kPackedProjection, packing, Factor::projection, kMaxVectors, true, true};
   }
   static Weight input(const Backward& p, const Plan& plan) {
     const bool used = p.dx.data != nullptr;
-    return {p.weight_ih, Cell::gates * p.hidden, p.inputs, kPackedInput, plan.input, Factor::input, used, false};
+    return {p.weight_ih, Cell::gates * p.hidden, p.inputs, kPackedInput, plan.input, Factor::input, kMaxVectors, used,
+            false};
   }
 
   // Whether W_hh's packed elements are as narrow as in memory: where the processor multiplies such, and where few rows
@@ -68,15 +73,15 @@ struct ThroughWeights {
   static int64_t packed_elements(const Weight& w) {
     if (!w.used) return 0;
     if (w.packing == Packing::before) return packed_depth(w.depth) * padded<S>(w.columns);
-    const Block last = block(w.columns, blocks(w.columns) - 1);
+    const Block last = block(w, blocks(w) - 1);
     return packing_of(w, last) == Packing::before ? packed_depth(w.depth) * widest : 0;
   }
   template <class P>
   static void pack_before(const Plan& plan, const Weight& w, const Share& share) {
     if (!w.used) return;
-    const Blocks own = blocks_to_pack(blocks(w.columns), share);
+    const Blocks own = blocks_to_pack(blocks(w), share);
     for (int64_t index = own.begin; index < own.end; ++index) {
-      const Block b = block(w.columns, index);
+      const Block b = block(w, index);
       if (packing_of(w, b) != Packing::before) continue;
       pack_by_column<S>(at<const E>(w.matrix, 0, b.first), w.matrix.stride, w.depth, b.present,
                         packed_panel<P>(plan, w, b));
@@ -97,7 +102,7 @@ struct ThroughWeights {
     int64_t row_begin, row_end, block_begin, block_end;
   };
   static Part part_of(const Weight& w, int64_t rows, const Share& s) {
-    const int64_t count = blocks(w.columns);
+    const int64_t count = blocks(w);
     if (w.packing != Packing::at_use)
       return {share_of(rows, s.rank, s.size), share_of(rows, s.rank + 1, s.size), 0, count};
     return {0, rows, share_of(count, s.rank, s.size), share_of(count, s.rank + 1, s.size)};
@@ -140,7 +145,7 @@ struct ThroughWeights {
         const int64_t end = begin + together < part.block_end ? begin + together : part.block_end;
         const auto sums_of = [&](int64_t index) { return own + (index - begin) * count * widest; };
         const auto add_up = [&](int64_t index, const Panel<P>& stretch, int64_t k, int64_t depth, int64_t column) {
-          const Block b = block(w.columns, index);
+          const Block b = block(w, index);
           const Left<Operand> left{dgates + first * D::stride(p) + column, D::stride(p), 1};
           if constexpr (kSame<T, E>) {
             multiply<S>(left, count, whole, stretch, b.present, depth, at<T>(out, first, b.first), out.stride,
@@ -151,7 +156,7 @@ struct ThroughWeights {
         };
         for_each_panel<P>(p, plan, w, begin, end, rank, add_up);
         for (int64_t index = begin; index < end; ++index) {
-          const Block b = block(w.columns, index);
+          const Block b = block(w, index);
           for (int64_t i = 0; i < count; ++i) {
             E* const to = at<E>(out, first + i, b.first);
             if constexpr (kSame<T, E>) {
@@ -179,7 +184,7 @@ struct ThroughWeights {
   static void for_each_panel(const Backward& p, const Plan& plan, const Weight& w, int64_t begin, int64_t end, int rank,
                              const Fn& fn) {
     P* const own = own_panels<P>(plan, rank);
-    const Block front = block(w.columns, begin), back = block(w.columns, end - 1);
+    const Block front = block(w, begin), back = block(w, end - 1);
     const Packing packing = packing_of(w, front);
     D::for_each_stretch(p, w.factor, 0, w.depth, [&](int64_t first, int64_t last, int64_t column) {
       for (int64_t k = first; k < last; k += kDepth) {
@@ -189,7 +194,7 @@ struct ThroughWeights {
                             back.first + back.present - front.first, own, kPanelRoom);
         }
         for (int64_t index = begin; index < end; ++index) {
-          const Block b = block(w.columns, index);
+          const Block b = block(w, index);
           Panel<P> stretch{own + (index - begin) * kPanelRoom, b.vectors * S::lanes};
           if (packing != Packing::at_use) {
             stretch = panel<P>(plan, w, b);
