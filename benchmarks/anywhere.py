@@ -1,8 +1,8 @@
 """Random calls, so that nobody has picked the shapes: ``python -m benchmarks.anywhere [--calls 1000] [--out NAME] …``
 
-Cells, sizes, layers, directions, layouts, packed and unbatched input, states, dtypes and threads are drawn from a seed.
-Each call is verified against torch.nn's and then timed turn by turn with it, as the rows of ``python -m benchmarks``
-are; one that loses is timed once more, for longer, and the better time counts.
+Cells, sizes, layers, directions, projections, layouts, packed and unbatched input, states, dtypes and threads are drawn
+from a seed. Each call is verified against torch.nn's and then timed turn by turn with it, as the rows of ``python -m
+benchmarks`` are; one that loses is timed once more, for longer, and the better time counts.
 """
 
 import argparse
@@ -81,6 +81,8 @@ def draw(seed: int, threads: int) -> Iterator[Call]:
                 "bias": rng.random() < 0.9,
             },
         )
+        if call.cell == "lstm" and hidden > 1 and rng.random() < 0.2:
+            call.options["proj_size"] = min(size(1, hidden), hidden - 1)
         if call.operations <= MOST_OPERATIONS:
             yield call
 
@@ -99,10 +101,10 @@ def sides(call: Call) -> dict[str, Callable[[], list[Tensor]]]:
         lengths[0] = steps
         x = pack_padded_sequence(x, lengths, batch_first=call.options["batch_first"], enforce_sorted=False)
     runs = call.options["num_layers"] * (2 if call.options["bidirectional"] else 1)
-    of_state = (runs, hidden) if call.form == "unbatched" else (runs, batch, hidden)
-    state: Any = torch.randn(of_state).tanh().to(dtype) if call.state else None
-    if call.cell == "lstm" and call.state:
-        state = state, state.flip(0)
+    of_state = (runs,) if call.form == "unbatched" else (runs, batch)
+    widths = call.options.get("proj_size", hidden), hidden
+    states = [torch.randn(*of_state, width).tanh().to(dtype) for width in widths]
+    state: Any = None if not call.state else tuple(states) if call.cell == "lstm" else states[0]
     data = x.data if packed else x
     found = pyrnnfast.explain(ours, x, state)
     if found.path != "fused":
