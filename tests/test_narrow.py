@@ -184,7 +184,7 @@ def textbook_backward(
 def assert_one_rounding(name: str, found: Tensor, true: Tensor, before: Tensor | float = 0.0) -> None:
     """`before`: what was rounded already before something was added to it."""
     rounding, least = UNIT.get(found.dtype, 0.0), LEAST.get(found.dtype, 0.0)
-    bound = rounding * (1 + rounding) * (true.abs() + abs(before)) + 2 * least + NOISE * true.abs().max()
+    bound = rounding * (1 + rounding) * (true.abs() + abs(before)) + least + NOISE * true.abs().max()
     excess = (found.double() - true).abs() - bound
     assert bool((excess <= 0).all()), f"{name}: {float(excess.max()):.2e} more than one rounding"
 
