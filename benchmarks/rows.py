@@ -140,7 +140,7 @@ def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _input(row: Row) -> Tensor | PackedSequence:
+def input_of(row: Row) -> Tensor | PackedSequence:
     steps, batch, inputs, _ = row.shape
     x = _random(steps, batch, inputs, seed=1).to(DTYPES[row.dtype])  # [T, B, I]
     if row.kind == "packed":
@@ -167,7 +167,7 @@ def _flat(result: Any) -> list[Tensor]:
 
 def step(row: Row, module: torch.nn.Module) -> Step:
     """The row's call on ``module``, to be made without gradients in inference."""
-    x, state = _input(row), _state(row)
+    x, state = input_of(row), _state(row)
 
     if row.kind == "streaming":
 
@@ -197,7 +197,7 @@ def _one_step_cell(row: Row) -> Step:
     cell = torch.nn.LSTMCell(inputs, hidden).to(DTYPES[row.dtype])
     weights = module(row, ours=False).state_dict()
     cell.load_state_dict({name.removesuffix("_l0"): weight for name, weight in weights.items()})
-    x = _input(row)
+    x = input_of(row)
     assert isinstance(x, Tensor)
     x = x[0]
     return lambda: [cell(x)[0]]
@@ -222,7 +222,7 @@ def sides(row: Row) -> dict[str, Step]:
 
     def our_step(row: Row) -> Step:
         ours = module(row, ours=True)
-        found = pyrnnfast.explain(ours, _input(row), _state(row))
+        found = pyrnnfast.explain(ours, input_of(row), _state(row))
         if found.path != "fused":
             raise NotFused(f"not fused but {found}")
         return step(row, ours)

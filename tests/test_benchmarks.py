@@ -12,7 +12,7 @@ import torch
 
 import pyrnnfast
 from benchmarks import __main__ as benchmark
-from benchmarks import anywhere, files, loops, memory, plot, record, rows, table, targets
+from benchmarks import anywhere, crowd, files, loops, memory, plot, record, rows, served, table, targets
 from benchmarks.limits import limit
 from benchmarks.machine import Machine
 from benchmarks.rows import Row
@@ -425,3 +425,33 @@ def test_loops(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert all(r["ours_ms"] > 0 and r["eager_ms"] > 0 and r["path"] == "compiled" for r in rows)
     with pytest.raises(SystemExit, match="differs"):
         loops.check([torch.ones(2)], [torch.zeros(2)], "float32", "this")
+
+
+def test_crowd(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(crowd, "CROWDS", (crowd.Crowd(1, 1, 1), crowd.Crowd(2, 2)))
+    few = ["--seconds", "0", "--rounds", "1", "--cell", "gru", "--shape", "3,2,8,8", "--out", "few"]
+    assert crowd.main(few) == 0
+    rows = record.load("few")["rows"]
+    assert [(r["processes"], r["threads"], r["busy"], r["mode"]) for r in rows] == [
+        (1, 1, 1, "inference"), (1, 1, 1, "training"), (2, 2, 0, "inference"), (2, 2, 0, "training")
+    ]  # fmt: skip
+    assert all(r["ours_calls"] > 0 and r["torch_calls"] > 0 for r in rows)
+    assert "1 process(es) of 1 threads, 1 busy programs" in capsys.readouterr().out
+
+
+def test_crowd_ends_with_a_process_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "true")
+    with pytest.raises(SystemExit, match="ended before its time"):
+        crowd.measure(Row("layer", "gru", "inference", (3, 2, 8, 8), 1), crowd.Crowd(1, 1), 0, 1)
+
+
+def test_served(results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ["--seconds", "0", "--rounds", "1", "--threads", "1", "--shape", "3,2,5,8", "--out", "few"]
+    assert served.main(few) == 0
+    rows = record.load("few")["rows"]
+    assert [r["cell"] for r in rows] == ["lstm", "gru", "rnn"]
+    assert all(r["ours_ms"] > 0 and r["onnxruntime_ms"] > 0 for r in rows)
+    assert "gru: ONNX Runtime takes" in capsys.readouterr().out
+    monkeypatch.setitem(served.GATES, "lstm", [0, 1, 2, 3])
+    with pytest.raises(SystemExit, match="nothing timed"):
+        served.main([*few, "--cell", "lstm"])

@@ -16,6 +16,7 @@ struct OpenMp {
   int (*thread_num)();
   int (*num_threads)();
   int (*in_parallel)();
+  int (*num_procs)();
 };
 
 template <class Fn>
@@ -27,7 +28,8 @@ bool look_up(void* where, Fn*& fn, const char* name) {
 // All of it in one place.
 bool find(void* where, OpenMp& omp) {
   return look_up(where, omp.parallel, "GOMP_parallel") && look_up(where, omp.thread_num, "omp_get_thread_num") &&
-         look_up(where, omp.num_threads, "omp_get_num_threads") && look_up(where, omp.in_parallel, "omp_in_parallel");
+         look_up(where, omp.num_threads, "omp_get_num_threads") && look_up(where, omp.in_parallel, "omp_in_parallel") &&
+         look_up(where, omp.num_procs, "omp_get_num_procs");
 }
 
 const OpenMp* open_mp() {
@@ -53,12 +55,15 @@ void enter(void* data) {
   call.body(call.context, call.omp->thread_num(), call.omp->num_threads());
 }
 
-// So often a barrier is looked at before the core is offered to others: the thread that is waited for may be without
-// one, where there are more threads than cores or other programs. Offering takes half a microsecond where nobody wants
-// it.
+// So often, and then for so long, a barrier is looked at before the core is offered to others. Where there are more
+// threads than cores, the one that is waited for may want this very core: it is offered at once. Else others that want
+// it are other programs, which then have it for milliseconds, and the thread that is waited for comes in microseconds,
+// unless another program has its core.
 constexpr int kSpins = 32;
+constexpr std::chrono::microseconds kPatience{50};
 
 std::atomic_flag team_taken = ATOMIC_FLAG_INIT;
+std::atomic<bool> team_is_crowded{false};  // the one that has been taken
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -82,6 +87,13 @@ void Barrier::wait(int parties) {
     if (open()) return;
     pause_cpu();
   }
+  if (!team_is_crowded.load(std::memory_order_relaxed)) {
+    const auto end = std::chrono::steady_clock::now() + kPatience;
+    do {
+      if (open()) return;
+      pause_cpu();
+    } while (std::chrono::steady_clock::now() < end);
+  }
   while (!open()) sched_yield();
 }
 
@@ -91,6 +103,7 @@ void parallel(int threads, void (*body)(void*, int, int), void* context) {
     body(context, 0, 1);
     return;
   }
+  team_is_crowded.store(threads > omp->num_procs(), std::memory_order_relaxed);
   Call call{body, context, omp};
   omp->parallel(enter, &call, static_cast<unsigned>(threads), 0);
   team_taken.clear(std::memory_order_release);
