@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +125,7 @@ def table(calls: Sequence[Row], crowds: Sequence[Crowd], seconds: float, rounds:
     for crowd in crowds:
         print(crowd)
         for call in calls:
-            row = Row(call.kind, call.cell, call.mode, call.shape, crowd.threads, call.dtype)
+            row = replace(call, threads=crowd.threads)
             with thread_count(row.threads), torch.set_grad_enabled(row.mode == "training"):
                 verify(row, rows.sides(row))
             found = measure(row, crowd, seconds, rounds)
