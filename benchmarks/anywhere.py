@@ -108,7 +108,11 @@ def sides(call: Call) -> dict[str, Callable[[], list[Tensor]]]:
     of_state = (runs,) if call.form == "unbatched" else (runs, batch)
     widths = call.options.get("proj_size", hidden), hidden
     states = [torch.randn(*of_state, width).tanh().to(dtype) for width in widths]
-    state: Any = None if not call.state else tuple(states) if call.cell == "lstm" else states[0]
+
+    def given(states: list[Tensor]) -> Any:
+        return None if not call.state else tuple(states) if call.cell == "lstm" else states[0]
+
+    state = given(states)
     data = x.data if packed else x
     found = pyrnnfast.explain(ours, x, state)
     if found.path != "fused":
@@ -130,7 +134,7 @@ def sides(call: Call) -> dict[str, Callable[[], list[Tensor]]]:
         "torch": partial(run, stock, x, state),
     }
     if dtype.itemsize < 4:
-        wide = tuple(s.float() for s in state) if isinstance(state, tuple) else None if state is None else state.float()
+        wide = given([s.float() for s in states])
         result["true"] = partial(run, copy.deepcopy(stock).float(), x.to(torch.float32), wide)
     return result
 

@@ -11,8 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import torch
 
 from . import record, rows
 from .__main__ import add_filters, verify
+from .processes import Workers, by_turns, work
 from .rows import Row
 from .timing import thread_count
 
@@ -56,61 +56,6 @@ CROWDS = (
 )
 
 
-def work(step: Callable[[], object]) -> None:
-    """Of one process: for each line, a number of seconds, makes calls for so long, and tells how many a second."""
-    step()
-    step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        seconds, done = float(line), 0
-        begin = time.perf_counter()
-        while (taken := time.perf_counter() - begin) < seconds or done == 0:
-            step()
-            done += 1
-        print(done / taken if taken > 0 else 0.0, flush=True)
-
-
-class Workers:
-    """The processes of one side, each a benchmark that is told to ``work`` at a row."""
-
-    def __init__(self, benchmark: str, row: Row, side: str, count: int, until: ExitStack) -> None:
-        shape = ",".join(map(str, row.shape))
-        filters = ["--cell", row.cell, "--shape", shape, "--dtype", row.dtype, "--mode", row.mode]
-        command = [sys.executable, "-m", benchmark, "--side", side, "--threads", str(row.threads), *filters]
-        self._processes = [
-            until.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-            for _ in range(count)
-        ]
-        for process in self._processes:
-            until.callback(process.kill)
-        self._answers()
-
-    def calls_a_second(self, seconds: float) -> float:
-        """Of all of them together."""
-        for process in self._processes:
-            assert process.stdin is not None
-            print(seconds, file=process.stdin, flush=True)
-        return sum(map(float, self._answers()))
-
-    def _answers(self) -> list[str]:
-        answers = []
-        for process in self._processes:
-            assert process.stdout is not None
-            answers.append(process.stdout.readline())
-        if not all(answers):
-            raise SystemExit("a process ended before its time")
-        return answers
-
-
-def by_turns(sides: Mapping[str, Workers], seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Calls a second of each side, in each of its turns."""
-    found: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(rounds):
-        for side in list(sides)[:: 1 if turn % 2 == 0 else -1]:
-            found[side].append(sides[side].calls_a_second(seconds))
-    return found
-
-
 def measure(row: Row, crowd: Crowd, seconds: float, rounds: int) -> dict[str, float]:
     """Calls a second of each side, on an average."""
     with ExitStack() as until:
@@ -142,7 +87,7 @@ def table(calls: Sequence[Row], crowds: Sequence[Crowd], seconds: float, rounds:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crowd", description=(__doc__ or "").splitlines()[0])
     add_filters(parser)
-    parser.add_argument("--mode", choices=rows.MODES, action="append", help="with --shape; default: both")
+    parser.add_argument("--mode", choices=rows.MODES, action="append", help="default: both")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn of each side")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each side")
     parser.add_argument("--out", help="write benchmarks/results/NAME.json")
@@ -154,7 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.shape:
         calls = list(rows.table(["layer"], cells, modes, options.shape, [options.threads or CORES], dtypes))
     else:
-        calls = [Row("layer", *call, CORES, dtype) for dtype in dtypes for call in CALLS if call[0] in cells]
+        calls = [
+            Row("layer", *call, CORES, dtype)
+            for dtype in dtypes
+            for call in CALLS
+            if call[0] in cells and call[1] in modes
+        ]
     if options.side:
         row = calls[0]
         with thread_count(row.threads), torch.set_grad_enabled(row.mode == "training"):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import record, rows, targets
 from .__main__ import TOLERANCE, add_filters, difference
-from .crowd import Workers, by_turns, work
+from .processes import Workers, by_turns, work
 from .rows import Row, Step
 from .timing import Watch, thread_count
 
@@ -60,9 +60,9 @@ def graph(row: Row, module: torch.nn.Module) -> onnx.ModelProto:
 
 def step(row: Row, side: str) -> Step:
     """The row's call, on the threads that it says."""
-    module = rows.module(row, ours=side == "ours")
     if side == "ours":
-        return rows.step(row, module)
+        return rows.sides(row)["ours"]  # which are fused
+    module = rows.module(row, ours=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = row.threads
     session = onnxruntime.InferenceSession(

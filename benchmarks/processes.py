@@ -1,0 +1,64 @@
+"""Processes that make the calls of one side each and take turns, as two sides in one would be in each other's way."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+from .rows import Row
+
+
+def work(step: Callable[[], object]) -> None:
+    """Of one process: for each line, a number of seconds, makes calls for so long, and tells how many a second."""
+    step()
+    step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        seconds, done = float(line), 0
+        begin = time.perf_counter()
+        while (taken := time.perf_counter() - begin) < seconds or done == 0:
+            step()
+            done += 1
+        print(done / taken if taken > 0 else 0.0, flush=True)
+
+
+class Workers:
+    """The processes of one side, each a benchmark that is told to ``work`` at a row."""
+
+    def __init__(self, benchmark: str, row: Row, side: str, count: int, until: ExitStack) -> None:
+        shape = ",".join(map(str, row.shape))
+        filters = ["--cell", row.cell, "--shape", shape, "--dtype", row.dtype, "--mode", row.mode]
+        command = [sys.executable, "-m", benchmark, "--side", side, "--threads", str(row.threads), *filters]
+        self._processes = [
+            until.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            for _ in range(count)
+        ]
+        for process in self._processes:
+            until.callback(process.kill)
+        self._answers()
+
+    def calls_a_second(self, seconds: float) -> float:
+        """Of all of them together."""
+        for process in self._processes:
+            assert process.stdin is not None
+            print(seconds, file=process.stdin, flush=True)
+        return sum(map(float, self._answers()))
+
+    def _answers(self) -> list[str]:
+        answers = []
+        for process in self._processes:
+            assert process.stdout is not None
+            answers.append(process.stdout.readline())
+        if not all(answers):
+            raise SystemExit("a process ended before its time")
+        return answers
+
+
+def by_turns(sides: Mapping[str, Workers], seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Calls a second of each side, in each of its turns."""
+    found: dict[str, list[float]] = {side: [] for side in sides}
+    for turn in range(rounds):
+        for side in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+            found[side].append(sides[side].calls_a_second(seconds))
+    return found
