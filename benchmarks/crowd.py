@@ -1,9 +1,9 @@
 """Calls that share the cores with others, ours against torch.nn's: ``python -m benchmarks.crowd [--out NAME] …``
 
-Others are programs that do nothing but count, processes that make the same calls, or threads beyond the number of
-cores. Each side's processes have been started before and take turns: all of one side work for a while, then all of the
-other's, and what counts is how many calls they get done, not the median of one: a thread that waits for another that
-has no core takes a time slice of milliseconds, now and then.
+Others are programs that do nothing but count, processes or threads of Python that make the same calls, or threads of a
+team beyond the number of cores. Each side's processes have been started before and take turns: all of one side work for
+a while, then all of the other's, and what counts is how many calls they get done, not the median of one: a thread that
+waits for another that has no core takes a time slice of milliseconds, now and then.
 """
 
 import argparse
@@ -16,13 +16,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
-
 from . import record, rows
 from .__main__ import add_filters, verify
-from .processes import Workers, by_turns, work
+from .processes import Workers, by_turns, setting, work
 from .rows import Row
-from .timing import thread_count
 
 SIDES = ("ours", "torch")
 CORES = len(os.sched_getaffinity(0))
@@ -39,10 +36,12 @@ class Crowd(NamedTuple):
     processes: int  # that make calls
     threads: int  # of each of them
     busy: int = 0  # programs that count
+    callers: int = 1  # threads of Python in each process, with a team each
 
     def __str__(self) -> str:
+        each = f" of {self.callers} callers" if self.callers > 1 else ""
         beside = f", {self.busy} busy programs" if self.busy else ""
-        return f"{self.processes} process(es) of {self.threads} threads{beside}"
+        return f"{self.processes} process(es){each} of {self.threads} threads{beside}"
 
 
 CROWDS = (
@@ -51,6 +50,8 @@ CROWDS = (
     Crowd(1, CORES, CORES),
     Crowd(2, CORES),
     Crowd(4, CORES),
+    Crowd(1, CORES, callers=2),
+    Crowd(1, CORES, callers=4),
     Crowd(1, 2 * CORES),
     Crowd(1, 8 * CORES),
 )
@@ -58,8 +59,9 @@ CROWDS = (
 
 def measure(row: Row, crowd: Crowd, seconds: float, rounds: int) -> dict[str, float]:
     """Calls a second of each side, on an average."""
+    callers = ["--callers", str(crowd.callers)]
     with ExitStack() as until:
-        sides = {side: Workers("benchmarks.crowd", row, side, crowd.processes, until) for side in SIDES}
+        sides = {side: Workers("benchmarks.crowd", row, side, crowd.processes, until, callers) for side in SIDES}
         for _ in range(crowd.busy):
             busy = until.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
             until.callback(busy.kill)
@@ -71,7 +73,7 @@ def table(calls: Sequence[Row], crowds: Sequence[Crowd], seconds: float, rounds:
         print(crowd)
         for call in calls:
             row = replace(call, threads=crowd.threads)
-            with thread_count(row.threads), torch.set_grad_enabled(row.mode == "training"):
+            with setting(row):
                 verify(row, rows.sides(row))
             found = measure(row, crowd, seconds, rounds)
             sizes = ",".join(map(str, row.shape))
@@ -93,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="write benchmarks/results/NAME.json")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # what a process of a side runs
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--callers", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     cells, modes = options.cell or list(rows.CELLS), options.mode or list(rows.MODES)
     dtypes = options.dtype or ["float32"]
@@ -107,8 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         ]
     if options.side:
         row = calls[0]
-        with thread_count(row.threads), torch.set_grad_enabled(row.mode == "training"):
-            work(rows.step(row, rows.module(row, ours=options.side == "ours")))
+        work(row, rows.step(row, rows.module(row, ours=options.side == "ours")), options.callers)
         return 0
     found = list(table(calls, CROWDS, options.seconds, options.rounds))
     if options.out:

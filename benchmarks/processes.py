@@ -3,33 +3,53 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+
+import torch
 
 from .rows import Row
+from .timing import thread_count
 
 
-def work(step: Callable[[], object]) -> None:
-    """Of one process: for each line, a number of seconds, makes calls for so long, and tells how many a second."""
-    step()
-    step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        seconds, done = float(line), 0
-        begin = time.perf_counter()
-        while (taken := time.perf_counter() - begin) < seconds or done == 0:
-            step()
-            done += 1
-        print(done / taken if taken > 0 else 0.0, flush=True)
+@contextmanager
+def setting(row: Row) -> Iterator[None]:
+    """Of the thread that makes a row's calls: both are each thread's own."""
+    with thread_count(row.threads), torch.set_grad_enabled(row.mode == "training"):
+        yield
+
+
+def work(row: Row, step: Callable[[], object], callers: int = 1) -> None:
+    """Of one process: for each line, a number of seconds, makes calls for so long, and tells how many a second; with
+    several callers, threads of Python that make them at the same time, of all together."""
+
+    def calls_a_second(seconds: float) -> float:
+        done = 0
+        with setting(row):
+            begin = time.perf_counter()
+            while (taken := time.perf_counter() - begin) < seconds or done == 0:
+                step()
+                done += 1
+        return done / taken if taken > 0 else 0.0
+
+    with ThreadPoolExecutor(callers) as pool:
+        for _ in range(2):
+            list(pool.map(calls_a_second, [0.0] * callers))
+        print("ready", flush=True)
+        for line in sys.stdin:
+            print(sum(pool.map(calls_a_second, [float(line)] * callers)), flush=True)
 
 
 class Workers:
     """The processes of one side, each a benchmark that is told to ``work`` at a row."""
 
-    def __init__(self, benchmark: str, row: Row, side: str, count: int, until: ExitStack) -> None:
+    def __init__(
+        self, benchmark: str, row: Row, side: str, count: int, until: ExitStack, options: Sequence[str] = ()
+    ) -> None:
         shape = ",".join(map(str, row.shape))
         filters = ["--cell", row.cell, "--shape", shape, "--dtype", row.dtype, "--mode", row.mode]
-        command = [sys.executable, "-m", benchmark, "--side", side, "--threads", str(row.threads), *filters]
+        command = [sys.executable, "-m", benchmark, "--side", side, "--threads", str(row.threads), *filters, *options]
         self._processes = [
             until.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
             for _ in range(count)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from . import record, rows, targets
 from .__main__ import TOLERANCE, add_filters, difference
-from .processes import Workers, by_turns, work
+from .processes import Workers, by_turns, setting, work
 from .rows import Row, Step
-from .timing import Watch, thread_count
+from .timing import Watch
 
 SIDES = ("ours", "onnxruntime")
 
@@ -81,7 +81,7 @@ def step(row: Row, side: str) -> Step:
 
 def measure(row: Row, seconds: float, rounds: int, watch: Watch) -> dict[str, Any]:
     """Milliseconds of a call of each side, and whether it was disturbed to the last."""
-    with thread_count(row.threads), torch.no_grad():
+    with setting(row):
         for found, expected in zip(step(row, "ours")(), step(row, "onnxruntime")(), strict=True):
             if not difference(found, expected) <= TOLERANCE["float32"]:
                 raise SystemExit(f"{row}: ours differs from ONNX Runtime's; nothing timed")
@@ -123,8 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     cells = options.cell or list(rows.CELLS)
     chosen = list(rows.table(["layer"], cells, ["inference"], options.shape, threads, ["float32"]))
     if options.side:
-        with thread_count(chosen[0].threads), torch.no_grad():
-            work(step(chosen[0], options.side))
+        work(chosen[0], step(chosen[0], options.side))
         return 0
     found = list(table(chosen, options.seconds, options.rounds))
     for cell in cells:

@@ -159,6 +159,18 @@ double seconds_to_meet_of(const py::args& args, const py::kwargs& kwargs) {
   return seconds_to_meet(threads, static_cast<int>(times));
 }
 
+int processors_of(const py::args& args, const py::kwargs& kwargs) {
+  Arguments("processors", kNone, args, kwargs);
+  return processors();
+}
+
+void set_quota_of(const py::args& args, const py::kwargs& kwargs) {
+  static const std::vector<const char*> names = {"processors"};
+  const int64_t number = Arguments("set_quota", names, args, kwargs).integer(0);
+  if (number < 1) throw py::value_error("processors must be at least 1, got " + std::to_string(number));
+  set_quota(number);
+}
+
 void set_threshold_of(const py::args& args, const py::kwargs& kwargs) {
   static const std::vector<const char*> names = {"name", "value"};
   const Arguments arguments("set_threshold", names, args, kwargs);
@@ -183,6 +195,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("select_instruction_set", &use_instruction_set);
   m.def("activation", &activation);
   m.def("set_threshold", &set_threshold_of, "For tests; see csrc/cpu/schedule.h.");
+  m.def("processors", &processors_of, "How many a call may use at most.");
+  m.def("set_quota", &set_quota_of, "No more processors than this.");
   m.def("seconds_to_meet", &seconds_to_meet_of, "What a barrier of the threads takes: for benchmarks.");
   m.def("matmul", &product<check_product>, "out = a b, by the register tile: for benchmarks and tests.");
   m.def("outer_products", &product<check_outer_products>, "out[s] = Σ_k a[s, k] ⊗ b[s, k].");

@@ -5,7 +5,7 @@ import os
 # First, so that the kernels find the OpenMP runtime that torch has loaded.
 import torch
 
-from . import cuda, functional, reference, tbptt
+from . import cuda, functional, quota, reference, tbptt
 from .about import Info, info
 from .modules import GRU, LSTM, RNN, Explanation, GRUCell, LSTMCell, RNNCell, explain
 from .ops import enable_compile
@@ -34,3 +34,4 @@ __all__ = [
 
 # GNU OpenMP's team does not survive a fork: in the child torch's own products would wait for it for ever.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+quota.obey()

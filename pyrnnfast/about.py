@@ -17,6 +17,9 @@ class Info(NamedTuple):
     instruction_set: str
     """The one in use."""
     threads: int
+    """Of torch's setting."""
+    processors: int
+    """That this process may use, by its affinity and its control groups' quota: no call takes more threads."""
     cuda_architectures: str | None
     """What the CUDA kernels are compiled for; None: there are none in this build."""
     cuda_toolkit: str | None
@@ -33,7 +36,8 @@ class Info(NamedTuple):
     def __str__(self) -> str:
         lines = [
             f"pyrnnfast {self.version}, torch {self.torch_version}",
-            f"CPU: {self.instruction_set} in use, of {', '.join(self.instruction_sets)}; {self.threads} thread(s)",
+            f"CPU: {self.instruction_set} in use, of {', '.join(self.instruction_sets)}; {self.threads} thread(s) "
+            f"on {self.processors} processor(s)",
         ]
         if self.cuda_architectures is not None:
             lines.append(f"CUDA: kernels for {self.cuda_architectures}, built by CUDA {self.cuda_toolkit}")
@@ -67,6 +71,7 @@ def info() -> Info:
         instruction_sets=tuple(_cpu.instruction_sets()),
         instruction_set=_cpu.instruction_set(),
         threads=torch.get_num_threads(),
+        processors=_cpu.processors(),
         cuda_architectures=None if loaded.module is None else loaded.architectures,
         cuda_toolkit=None if loaded.module is None else loaded.module.toolkit(),
         cuda_devices=tuple(_device(d, loaded.architectures) for d in loaded.devices),

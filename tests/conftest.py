@@ -21,6 +21,7 @@ def _same_state() -> Iterator[None]:
     # The cases are small, and waking a team for each of torch's operators would take most of the time.
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    _cpu.set_threshold("processors", 16)  # more threads than there are cores are a test, too
     yield
     torch.set_num_threads(threads)
     _cpu.select_instruction_set(instruction_set)

@@ -13,7 +13,7 @@ from pyrnnfast.passes import CELLS as WIDTHS
 Operands = dict[str, Any]
 """The arguments of ``_cpu.forward`` or ``_cpu.backward`` by name, in order."""
 
-THRESHOLDS = ("chunk_rows", "unpacked_rows", "serial_operations", "rows_per_thread")
+THRESHOLDS = ("chunk_rows", "unpacked_rows", "serial_operations", "rows_per_thread", "processors")
 
 _PACKED = {"unpacked_rows": 0}
 # What the kernels decide by size, forced, so that small sizes take every road.

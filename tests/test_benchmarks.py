@@ -439,15 +439,20 @@ def test_loops(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_crowd(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(crowd, "CROWDS", (crowd.Crowd(1, 1, 1), crowd.Crowd(2, 2)))
+    monkeypatch.setattr(crowd, "CROWDS", (crowd.Crowd(1, 1, 1), crowd.Crowd(2, 2), crowd.Crowd(1, 1, callers=3)))
     few = ["--seconds", "0", "--rounds", "1", "--cell", "gru", "--shape", "3,2,8,8", "--out", "few"]
     assert crowd.main(few) == 0
     rows = record.load("few")["rows"]
     assert [(r["processes"], r["threads"], r["busy"], r["mode"]) for r in rows] == [
-        (1, 1, 1, "inference"), (1, 1, 1, "training"), (2, 2, 0, "inference"), (2, 2, 0, "training")
+        (1, 1, 1, "inference"), (1, 1, 1, "training"),
+        (2, 2, 0, "inference"), (2, 2, 0, "training"),
+        (1, 1, 0, "inference"), (1, 1, 0, "training"),
     ]  # fmt: skip
+    assert [r["callers"] for r in rows] == [1, 1, 1, 1, 3, 3]
     assert all(r["ours_calls"] > 0 and r["torch_calls"] > 0 for r in rows)
-    assert "1 process(es) of 1 threads, 1 busy programs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 process(es) of 1 threads, 1 busy programs" in printed
+    assert "1 process(es) of 3 callers of 1 threads\n" in printed
 
 
 def test_crowd_ends_with_a_process_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What ``pyrnnfast.info()`` and ``pyrnnfast info`` tell."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -24,7 +25,9 @@ def test_the_cpu() -> None:
     _cpu.select_instruction_set(baseline)
     assert pyrnnfast.info().instruction_set == baseline
     assert f"CPU: {baseline} in use, of " in str(pyrnnfast.info())
-    assert "; 2 thread(s)" in str(found)
+    assert "; 2 thread(s) on 16 processor(s)\n" in str(found)
+    _cpu.set_threshold("processors", -1)
+    assert 1 <= pyrnnfast.info().processors <= len(os.sched_getaffinity(0))
     assert str(found).startswith(f"pyrnnfast {pyrnnfast.__version__}, torch {torch.__version__}\n")
 
 

@@ -328,6 +328,7 @@ def other_functions() -> int:
         (_cpu.set_threshold, "chunk_rows", 1.5),
         (_cpu.set_threshold, "chunk_rows", 2**63),
         (_cpu.set_threshold, "chunk_rows"),
+        *((_cpu.set_quota, number) for number in (0, -1, 2**63, None, 1.5, "2")),
         *((_cpu.seconds_to_meet, threads, 1) for threads in BAD_OTHERS["threads"]),
         *((_cpu.seconds_to_meet, 1, times) for times in (0, -1, 10**7, 2**63, None, 1.5)),
     ]

@@ -253,6 +253,38 @@ def test_threads_that_compete_for_the_team_get_the_same_bits() -> None:
         assert all(pool.map(work, range(64)))
 
 
+def test_calls_at_the_same_time_share_the_processors() -> None:
+    """Each has what those before it have left, at least one, and an even share at most."""
+
+    def team_of(threads: int) -> int:
+        for size in range(threads, 1, -1):
+            try:
+                _cpu.seconds_to_meet(size, 1)
+            except RuntimeError:
+                continue
+            return size
+        return 1
+
+    def while_another_has(threads: int, processors: int, wanted: int) -> int:
+        _cpu.set_threshold("processors", processors)
+        with ThreadPoolExecutor(1) as pool:
+            long_call = pool.submit(_cpu.seconds_to_meet, threads, 200_000)
+            time.sleep(0.05)
+            found = team_of(wanted)
+            assert not long_call.done(), "too short to tell"
+            long_call.result()
+        assert team_of(min(wanted, processors)) == min(wanted, processors), "it was not given back"
+        return found
+
+    assert while_another_has(2, processors=2, wanted=2) == 1
+    assert while_another_has(2, processors=3, wanted=2) == 1
+    assert while_another_has(2, processors=4, wanted=4) == 2
+    assert while_another_has(2, processors=5, wanted=4) == 2
+    assert while_another_has(2, processors=16, wanted=4) == 4
+    _cpu.set_threshold("processors", 2)
+    assert team_of(4) == 2
+
+
 def test_the_interpreter_is_free_during_a_call() -> None:
     """While a thread is inside one long kernel call, this one goes on."""
     operands = forward_operands("lstm", Layer((16,) * 1500, 256), torch.float32)

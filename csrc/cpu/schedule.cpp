@@ -335,21 +335,22 @@ struct Job {
 };
 
 template <class P>
-void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, int threads) {
+void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, int wanted) {
   const int64_t rows = p.offsets[p.steps];
   // A step counts as a row more: even of one row it has to read all the weights.
   const auto weights = static_cast<double>(widths_of(p.cell).gates * p.hidden * p.inputs + weights_of_step(p));
   const double operations =
       static_cast<double>(rows + p.steps) * (2.0 * weights + kTailOperations * static_cast<double>(p.hidden));
-  if (operations < static_cast<double>(serial_operations.or_else(kSerialOperations))) threads = 1;
+  const bool serial = operations < static_cast<double>(serial_operations.or_else(kSerialOperations));
+  Team team(serial ? 1 : wanted);
   const int64_t blocks = kernel.blocks(p.hidden), rows_set = rows_per_thread.or_else(-1);
-  const int groups = groups_of(p, blocks, rows_set, threads);
+  const int groups = groups_of(p, blocks, rows_set, team.size());
   // Forward, all work is divided as the recurrence is.
-  if (Order<P>::products_first) threads = static_cast<int>(std::min<int64_t>(threads, groups * blocks));
+  if (Order<P>::products_first) team.shrink(groups * blocks);
   for (const Result& result : Order<P>::results(p)) {
     if (result.bytes > kPerhapsFresh) wish_for_large_pages(result.data, result.bytes);
   }
-  Plan plan = make_plan(p, isa, kernel, groups, threads);
+  Plan plan = make_plan(p, isa, kernel, groups, team.size());
   int64_t bytes[kRegions] = {};
   kernel.layout(p, plan, bytes);
   // A cache line between the regions: two of the same power of two in size would fall upon one another in the caches.
@@ -361,8 +362,8 @@ void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, 
   }
   const Scratch scratch(total);
   for (int r = 0; r < kRegions; ++r) plan.region[r] = bytes[r] > 0 ? scratch.data() + begin[r] : nullptr;
-  Job<P> job{p, kernel, plan, blocks, rows_set, std::vector<Barrier>(static_cast<size_t>(threads)), {}};
-  parallel(threads, Job<P>::body, &job);
+  Job<P> job{p, kernel, plan, blocks, rows_set, std::vector<Barrier>(static_cast<size_t>(team.size())), {}};
+  team.run(Job<P>::body, &job);
 }
 
 }  // namespace
@@ -384,13 +385,14 @@ void run(const Product& p, int threads) {
     ProductFn fn;
     void* panel;
   };
-  const Scratch panel(static_cast<size_t>(isa.product_panel_bytes * threads));
+  const Team team(threads);
+  const Scratch panel(static_cast<size_t>(isa.product_panel_bytes * team.size()));
   Call call{p, isa.product[static_cast<int>(p.dtype)], panel.data()};
   const auto body = [](void* context, int rank, int size) {
     const auto& c = *static_cast<const Call*>(context);
     c.fn(c.problem, c.panel, rank, size);
   };
-  parallel(threads, body, &call);
+  team.run(body, &call);
 }
 
 void set_threshold(const std::string& name, int64_t value) {
@@ -400,6 +402,7 @@ void set_threshold(const std::string& name, int64_t value) {
       return;
     }
   }
+  if (name == "processors") return set_processors(value);
   throw std::invalid_argument("there is no threshold '" + name + "'");
 }
 

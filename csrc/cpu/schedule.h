@@ -14,8 +14,8 @@ void run(const Backward& problem, int threads);
 void run(const Product& problem, int threads);
 
 // Thresholds of the schedule, which results do not depend on but for rounding: tests set them to reach every road with
-// small sizes. `name` is "chunk_rows", "unpacked_rows", "serial_operations" or "rows_per_thread"; a
-// negative value restores the built-in one. Throws std::invalid_argument for another name.
+// small sizes. `name` is "chunk_rows", "unpacked_rows", "serial_operations", "rows_per_thread" or
+// "processors"; a negative value restores the built-in one. Throws std::invalid_argument for another name.
 void set_threshold(const std::string& name, int64_t value);
 
 }  // namespace pyrnnfast

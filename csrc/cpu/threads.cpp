@@ -4,8 +4,10 @@
 #include <dlfcn.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <climits>
 #include <stdexcept>
 
 namespace pyrnnfast {
@@ -55,15 +57,17 @@ void enter(void* data) {
   call.body(call.context, call.omp->thread_num(), call.omp->num_threads());
 }
 
-// So often, and then for so long, a barrier is looked at before the core is offered to others. Where there are more
-// threads than cores, the one that is waited for may want this very core: it is offered at once. Else others that want
-// it are other programs, which then have it for milliseconds, and the thread that is waited for comes in microseconds,
-// unless another program has its core.
+// So often, and then for so long, a barrier is looked at before the core is offered to others. There are no more
+// threads than processors: others that want this one are other programs, or calls that came later, which then have it
+// for milliseconds, and the thread that is waited for comes in microseconds, unless one of them has its core.
 constexpr int kSpins = 32;
 constexpr std::chrono::microseconds kPatience{50};
 
-std::atomic_flag team_taken = ATOMIC_FLAG_INIT;
-std::atomic<bool> team_is_crowded{false};  // the one that has been taken
+std::atomic<int64_t> quota{INT_MAX};
+std::atomic<int64_t> processors_set{-1};
+
+// The calls that go on, of those that want several threads, and what they have taken of the processors.
+std::atomic<int> calls{0}, taken{0};
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -87,26 +91,60 @@ void Barrier::wait(int parties) {
     if (open()) return;
     pause_cpu();
   }
-  if (!team_is_crowded.load(std::memory_order_relaxed)) {
-    const auto end = std::chrono::steady_clock::now() + kPatience;
-    do {
-      if (open()) return;
-      pause_cpu();
-    } while (std::chrono::steady_clock::now() < end);
-  }
+  const auto end = std::chrono::steady_clock::now() + kPatience;
+  do {
+    if (open()) return;
+    pause_cpu();
+  } while (std::chrono::steady_clock::now() < end);
   while (!open()) sched_yield();
 }
 
-void parallel(int threads, void (*body)(void*, int, int), void* context) {
-  const OpenMp* omp = threads > 1 ? open_mp() : nullptr;
-  if (omp == nullptr || omp->in_parallel() || team_taken.test_and_set(std::memory_order_acquire)) {
+int processors() {
+  const int64_t set = processors_set.load(std::memory_order_relaxed);
+  const OpenMp* omp = open_mp();
+  const int64_t found = omp == nullptr ? 1 : std::min<int64_t>(omp->num_procs(), quota.load(std::memory_order_relaxed));
+  return static_cast<int>(std::clamp<int64_t>(set < 0 ? found : set, 1, INT_MAX));
+}
+
+void set_quota(int64_t number) { quota = number; }
+
+void set_processors(int64_t number) { processors_set = number; }
+
+Team::Team(int wanted) {
+  if (wanted <= 1) return;
+  const OpenMp* omp = open_mp();
+  if (omp == nullptr || omp->in_parallel()) return;
+  // Each thread of Python has a team of its own: all of them together would fight for the cores. Who comes later takes
+  // what is left, were it nothing, and its next call may have an even share.
+  const int all = processors(), share = all / (calls.fetch_add(1) + 1);
+  int others = taken.load();
+  do {
+    size_ = std::clamp(std::min(share, all - others), 1, wanted);
+  } while (!taken.compare_exchange_weak(others, others + size_));
+  taken_ = size_;
+}
+
+Team::~Team() {
+  if (taken_ == 0) return;
+  taken.fetch_sub(taken_);
+  calls.fetch_sub(1);
+}
+
+void Team::shrink(int64_t most) {
+  if (size_ <= most) return;
+  size_ = static_cast<int>(most);
+  taken.fetch_sub(taken_ - size_);
+  taken_ = size_;
+}
+
+void Team::run(void (*body)(void*, int, int), void* context) const {
+  if (size_ == 1) {
     body(context, 0, 1);
     return;
   }
-  team_is_crowded.store(threads > omp->num_procs(), std::memory_order_relaxed);
+  const OpenMp* omp = open_mp();
   Call call{body, context, omp};
-  omp->parallel(enter, &call, static_cast<unsigned>(threads), 0);
-  team_taken.clear(std::memory_order_release);
+  omp->parallel(enter, &call, static_cast<unsigned>(size_), 0);
 }
 
 double seconds_to_meet(int threads, int times) {
@@ -124,7 +162,7 @@ double seconds_to_meet(int threads, int times) {
     const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
     if (rank == 0) m.seconds = taken.count() / m.times;
   };
-  parallel(threads, body, &meetings);
+  Team(threads).run(body, &meetings);
   if (meetings.size != threads) throw std::runtime_error("there is no team of so many threads");
   return meetings.seconds;
 }

@@ -5,6 +5,8 @@
 // Functions are defined in threads.cpp, not inline, as files for several instruction sets include this header.
 #pragma once
 
+#include <cstdint>
+
 namespace pyrnnfast {
 
 class Barrier {
@@ -17,9 +19,34 @@ class Barrier {
   alignas(64) unsigned generation_ = 0;
 };
 
-// Calls body(context, rank, size) on `size` threads at once, rank = 0 … size − 1, 1 ≤ size ≤ threads. One call at a
-// time has the team; a concurrent one, or one from inside a parallel region, gets size = 1.
-void parallel(int threads, void (*body)(void* context, int rank, int size), void* context);
+// Threads for one call, for as long as it lives: at most as many as are wanted, and as there are processors that calls
+// at the same time, of other Python threads, have not taken; at least one. Inside a parallel region it is one.
+class Team {
+ public:
+  explicit Team(int wanted);
+  ~Team();
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return size_; }
+  // To `most` threads, if it has more.
+  void shrink(int64_t most);
+  // Calls body(context, rank, size) on so many threads at once, rank = 0 … size − 1, 1 ≤ size ≤ size().
+  void run(void (*body)(void* context, int rank, int size), void* context) const;
+
+ private:
+  int size_ = 1;
+  int taken_ = 0;  // of the processors
+};
+
+// How many processors the threads of this process may use at once.
+int processors();
+
+// No more than so many, as its control groups allow (pyrnnfast/quota.py).
+void set_quota(int64_t processors);
+
+// Whatever OpenMP and the quota say; a negative number: what they say. For tests on machines that have few.
+void set_processors(int64_t number);
 
 // Seconds that a team of so many threads takes to meet at a barrier, on an average of `times`; throws where the team
 // would be smaller. For benchmarks: it tells how far apart the processors are that the threads run on.
