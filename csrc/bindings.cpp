@@ -3,10 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <string>
 #include <vector>
 
 #include "arguments.h"
 #include "check.h"
+#include "cpu/company.h"
 #include "cpu/dispatch.h"
 #include "cpu/schedule.h"
 #include "cpu/threads.h"
@@ -171,6 +175,28 @@ void set_quota_of(const py::args& args, const py::kwargs& kwargs) {
   set_quota(number);
 }
 
+// For the tests of company.h: how many threads the next call had better have, of the most that one had, after each
+// call that it may hear of. Of a call: nanoseconds at its
+// end, threads, operations, nanoseconds that it took, and those that its threads were without a core.
+std::vector<int> limits_beside_company(const std::vector<std::array<int64_t, 5>>& calls) {
+  Company company;
+  std::vector<int> limits;
+  int wanted = 1;
+  for (const auto& [now, threads, operations, taken, without] : calls) {
+    for (const int64_t number : {now, threads, operations, taken, without}) {
+      if (number < 0 || number > int64_t{1} << 40) throw py::value_error("numbers must be from 0 to 2**40");
+    }
+    const Company::Time at{Company::Duration(now)}, begin = at - Company::Duration(taken);
+    if (company.listens(begin)) {
+      company.heard(at, {static_cast<int>(std::min<int64_t>(threads, 4096)), static_cast<double>(operations),
+                         Company::Duration(taken), Company::Duration(without)});
+    }
+    wanted = std::max(wanted, static_cast<int>(std::min<int64_t>(threads, 4096)));
+    limits.push_back(company.limit(at, wanted));
+  }
+  return limits;
+}
+
 void set_threshold_of(const py::args& args, const py::kwargs& kwargs) {
   static const std::vector<const char*> names = {"name", "value"};
   const Arguments arguments("set_threshold", names, args, kwargs);
@@ -194,6 +220,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_set", &name_of_instruction_set, "The one in use.");
   m.def("select_instruction_set", &use_instruction_set);
   m.def("activation", &activation);
+  m.def("limits_beside_company", &limits_beside_company, "For tests; see csrc/cpu/company.h.");
   m.def("set_threshold", &set_threshold_of, "For tests; see csrc/cpu/schedule.h.");
   m.def("processors", &processors_of, "How many a call may use at most.");
   m.def("set_quota", &set_quota_of, "No more processors than this.");

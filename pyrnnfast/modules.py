@@ -60,6 +60,20 @@ class _Ours(torch.nn.Module):
         )
         return found
 
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """Called by ``torch.jit.script``, which would put what this returns into the model that it is given, too: so
+        nobody's layers are swapped without being asked for, and what it would say itself is no help.
+
+        Raises:
+            RuntimeError: ``forward`` is ours.
+        """
+        if getattr(type(self).forward, "__module__", None) == __name__:
+            raise RuntimeError(
+                f"torch.jit.script cannot compile pyrnnfast's {type(self).__name__}; give it module.to_torch(), or "
+                "the model after pyrnnfast.restore(model)"
+            )
+        return self
+
     def __setattr__(self, name: str, value: Any) -> None:
         # torch.ao hands every module of a model its qconfig before it swaps those whose exact class it knows. Ours get
         # None where a class of torch's is named, so None does not mean that nobody wants this module quantized.

@@ -46,7 +46,7 @@ def _groups(root: Path) -> Iterator[Path]:
             ):
                 # Of what is mounted; a group elsewhere is one that cannot be seen.
                 inside = PurePosixPath(path)
-                if inside.is_relative_to(of_mount):
+                if inside.is_relative_to(of_mount) and ".." not in inside.parts:
                     group = mounted / inside.relative_to(of_mount)
                     yield group
                     yield from (parent for parent in group.parents if parent.is_relative_to(mounted))
@@ -54,11 +54,13 @@ def _groups(root: Path) -> Iterator[Path]:
 
 def _quota(group: Path) -> float | None:
     """Processors: of version 2, "max 100000" or "150000 100000", and of version 1 -1 or microseconds."""
-    two, one = group / "cpu.max", group / "cpu.cfs_quota_us"
-    if two.exists():
-        quota, period = two.read_text().split()
-    elif one.exists():
-        quota, period = one.read_text().strip(), (group / "cpu.cfs_period_us").read_text().strip()
-    else:
+    try:
+        if (two := group / "cpu.max").exists():
+            quota, period = two.read_text().split()
+        elif (one := group / "cpu.cfs_quota_us").exists():
+            quota, period = one.read_text(), (group / "cpu.cfs_period_us").read_text()
+        else:
+            return None
+        return int(quota) / int(period) if quota != "max" and int(quota) > 0 and int(period) > 0 else None
+    except (OSError, ValueError):  # not for this process to read, or in another form
         return None
-    return None if quota in ("max", "-1") else int(quota) / int(period)

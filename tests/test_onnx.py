@@ -159,6 +159,24 @@ def test_to_torch_for_script(name: str) -> None:
     torch.testing.assert_close(torch.jit.script(model)(x), pyrnnfast.replace(model)(x))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_script_is_told(name: str) -> None:
+    """And the model that it was given keeps its layers."""
+    layer = getattr(pyrnnfast, name)(3, 4)
+    for model in (layer, torch.nn.Sequential(layer)):
+        with pytest.raises(RuntimeError, match=f"^torch.jit.script cannot compile pyrnnfast's {name}; give it module"):
+            torch.jit.script(model)
+    assert model[0] is layer
+
+
+def test_a_forward_that_script_can_compile() -> None:
+    class Double(pyrnnfast.GRU):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * x
+
+    assert torch.jit.script(Double(3, 4))(torch.ones(2)).tolist() == [2, 2]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_symbolic_trace(case: Case) -> None:
     """torch.fx takes ours for one operation, as it does with torch's own, and so do the tools that are built on it."""

@@ -85,6 +85,9 @@ def test_a_container_that_sees_the_paths_of_its_host(tmp_path: Path) -> None:
         ("something else\n", MOUNTS_2.format(of="/", at="/sys/fs/cgroup"), "100000 100000"),
         ("0::/\n", MOUNTS_2.format(of="/", at="/sys/fs/cgroup"), ""),
         ("0::/\n", MOUNTS_2.format(of="/", at="/sys/fs/cgroup"), "many 100000"),
+        ("0::/\n", MOUNTS_2.format(of="/", at="/sys/fs/cgroup"), "100000 0"),
+        ("0::/\n", MOUNTS_2.format(of="/", at="/sys/fs/cgroup"), "0 100000"),
+        ("0::/../..\n", MOUNTS_2.format(of="/", at="/sys/fs/cgroup"), "100000 100000"),
         ("0::/../..\n", MOUNTS_2.format(of="/a", at="/sys/fs/cgroup"), "100000 100000"),
     ],
 )

@@ -363,7 +363,8 @@ void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, 
   const Scratch scratch(total);
   for (int r = 0; r < kRegions; ++r) plan.region[r] = bytes[r] > 0 ? scratch.data() + begin[r] : nullptr;
   Job<P> job{p, kernel, plan, blocks, rows_set, std::vector<Barrier>(static_cast<size_t>(team.size())), {}};
-  team.run(Job<P>::body, &job);
+  // Back, each product is two: with the weights, and of the rows.
+  team.run(Job<P>::body, &job, Order<P>::products_first ? operations : 2 * operations);
 }
 
 }  // namespace
@@ -392,7 +393,7 @@ void run(const Product& p, int threads) {
     const auto& c = *static_cast<const Call*>(context);
     c.fn(c.problem, c.panel, rank, size);
   };
-  team.run(body, &call);
+  team.run(body, &call, 2.0 * static_cast<double>(p.rows * p.columns * p.depth) * static_cast<double>(p.samples));
 }
 
 void set_threshold(const std::string& name, int64_t value) {

@@ -2,13 +2,17 @@
 #include "threads.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sched.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <climits>
 #include <stdexcept>
+
+#include "company.h"
 
 namespace pyrnnfast {
 namespace {
@@ -34,28 +38,58 @@ bool find(void* where, OpenMp& omp) {
          look_up(where, omp.num_procs, "omp_get_num_procs");
 }
 
+// The calls that go on, of those that want several threads, and what they have taken of the processors.
+std::atomic<int> calls{0}, taken{0};
+
 const OpenMp* open_mp() {
   static OpenMp omp{};
   static const bool found = [] {
     // Where torch's own library finds it: for everybody it is there only in some builds of torch (not on ARM), and a
     // process may have more than one.
     void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    // A child has none of the threads whose calls went on when it was forked.
+    pthread_atfork(nullptr, nullptr, [] { calls = taken = 0; });
     return (torch != nullptr && find(torch, omp)) || find(RTLD_DEFAULT, omp);
   }();
   return found ? &omp : nullptr;
 }
 
+using Clock = std::chrono::steady_clock;
+
+std::chrono::nanoseconds time_on_a_core() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+}
+
+// A thread that sleeps needs so long to come: that it is late by that does not tell of others.
+constexpr std::chrono::microseconds kWaking{60};
+
 struct Call {
   void (*body)(void*, int, int);
   void* context;
   const OpenMp* omp;
+  Clock::time_point begin;
+  bool listened_to;
+  std::atomic<int64_t> without{0};  // nanoseconds
 };
 
 void enter(void* data) {
-  const auto& call = *static_cast<const Call*>(data);
-  // The team's size is what the region reports, not what was asked for: a barrier for more would never open.
-  call.body(call.context, call.omp->thread_num(), call.omp->num_threads());
+  auto& call = *static_cast<Call*>(data);
+  const auto run = [&] {
+    // The team's size is what the region reports, not what was asked for: a barrier for more would never open.
+    call.body(call.context, call.omp->thread_num(), call.omp->num_threads());
+  };
+  if (!call.listened_to) return run();
+  const auto begin = Clock::now();
+  const auto had = time_on_a_core();
+  run();
+  const std::chrono::nanoseconds none{0}, late = begin - call.begin - kWaking;
+  const std::chrono::nanoseconds away = (Clock::now() - begin) - (time_on_a_core() - had);
+  call.without.fetch_add((std::max(late, none) + std::max(away, none)).count(), std::memory_order_relaxed);
 }
+
+Company company;
 
 // So often, and then for so long, a barrier is looked at before the core is offered to others. There are no more
 // threads than processors: others that want this one are other programs, or calls that came later, which then have it
@@ -65,9 +99,6 @@ constexpr std::chrono::microseconds kPatience{50};
 
 std::atomic<int64_t> quota{INT_MAX};
 std::atomic<int64_t> processors_set{-1};
-
-// The calls that go on, of those that want several threads, and what they have taken of the processors.
-std::atomic<int> calls{0}, taken{0};
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -110,16 +141,19 @@ void set_quota(int64_t number) { quota = number; }
 
 void set_processors(int64_t number) { processors_set = number; }
 
-Team::Team(int wanted) {
+Team::Team(int wanted, bool beside_others) {
   if (wanted <= 1) return;
   const OpenMp* omp = open_mp();
   if (omp == nullptr || omp->in_parallel()) return;
+  heeds_company_ = beside_others && processors_set.load(std::memory_order_relaxed) < 0;
   // Each thread of Python has a team of its own: all of them together would fight for the cores. Who comes later takes
   // what is left, were it nothing, and its next call may have an even share.
-  const int all = processors(), share = all / (calls.fetch_add(1) + 1);
+  const int all = processors(), before = calls.fetch_add(1);
+  int share = std::min(wanted, all / (before + 1));
+  if (heeds_company_ && before == 0) share = company.limit(Clock::now(), share);
   int others = taken.load();
   do {
-    size_ = std::clamp(std::min(share, all - others), 1, wanted);
+    size_ = std::max(std::min(share, all - others), 1);
   } while (!taken.compare_exchange_weak(others, others + size_));
   taken_ = size_;
 }
@@ -137,14 +171,21 @@ void Team::shrink(int64_t most) {
   taken_ = size_;
 }
 
-void Team::run(void (*body)(void*, int, int), void* context) const {
+void Team::run(void (*body)(void*, int, int), void* context, double operations) const {
+  const auto begin = Clock::now();
+  const bool listened_to = heeds_company_ && calls.load() == 1 && company.listens(begin);
+  int64_t without = 0;
   if (size_ == 1) {
     body(context, 0, 1);
-    return;
+  } else {
+    const OpenMp* omp = open_mp();
+    Call call{body, context, omp, begin, listened_to};
+    omp->parallel(enter, &call, static_cast<unsigned>(size_), 0);
+    without = call.without.load();
   }
-  const OpenMp* omp = open_mp();
-  Call call{body, context, omp};
-  omp->parallel(enter, &call, static_cast<unsigned>(size_), 0);
+  if (!listened_to || calls.load() != 1) return;
+  const auto now = Clock::now();
+  company.heard(now, {size_, operations, now - begin, std::chrono::nanoseconds(without)});
 }
 
 double seconds_to_meet(int threads, int times) {
@@ -162,7 +203,7 @@ double seconds_to_meet(int threads, int times) {
     const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
     if (rank == 0) m.seconds = taken.count() / m.times;
   };
-  Team(threads).run(body, &meetings);
+  Team(threads, false).run(body, &meetings, 0);
   if (meetings.size != threads) throw std::runtime_error("there is no team of so many threads");
   return meetings.seconds;
 }
