@@ -176,8 +176,8 @@ void set_quota_of(const py::args& args, const py::kwargs& kwargs) {
 }
 
 // For the tests of company.h: how many threads the next call had better have, of the most that one had, after each
-// call that it may hear of. Of a call: nanoseconds at its
-// end, threads, operations, nanoseconds that it took, and those that its threads were without a core.
+// call that it may hear of. Of a call: nanoseconds at its end, threads, operations, nanoseconds that it took, and those
+// that its threads were without a core.
 std::vector<int> limits_beside_company(const std::vector<std::array<int64_t, 5>>& calls) {
   Company company;
   std::vector<int> limits;
@@ -187,11 +187,11 @@ std::vector<int> limits_beside_company(const std::vector<std::array<int64_t, 5>>
       if (number < 0 || number > int64_t{1} << 40) throw py::value_error("numbers must be from 0 to 2**40");
     }
     const Company::Time at{Company::Duration(now)}, begin = at - Company::Duration(taken);
+    const int team = check_threads(threads);
     if (company.listens(begin)) {
-      company.heard(at, {static_cast<int>(std::min<int64_t>(threads, 4096)), static_cast<double>(operations),
-                         Company::Duration(taken), Company::Duration(without)});
+      company.heard(at, {team, static_cast<double>(operations), Company::Duration(taken), Company::Duration(without)});
     }
-    wanted = std::max(wanted, static_cast<int>(std::min<int64_t>(threads, 4096)));
+    wanted = std::max(wanted, team);
     limits.push_back(company.limit(at, wanted));
   }
   return limits;

@@ -112,7 +112,7 @@ def test_calls_of_long_ago_do_not_count() -> None:
 def test_junk() -> None:
     good = (1, 1, 1, 1, 1)
     for place, bad in itertools.product(range(5), (-1, 2**41)):
-        with pytest.raises(ValueError, match="from 0 to"):
+        with pytest.raises(ValueError, match=r"from [01] to"):
             _cpu.limits_beside_company([(*good[:place], bad, *good[place + 1 :])])  # type: ignore[list-item]
     for bad_call in ((1, 2), (1, 1, 1, 1, "1"), None, 3):
         with pytest.raises(TypeError):
