@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -16,6 +18,7 @@
 #include "cpu/threads.h"
 #include "operands.h"
 #include "plain.h"
+#include "prepacked.h"
 #include "run.h"
 #include "tensor.h"
 
@@ -54,18 +57,35 @@ void product(const py::args& args, const py::kwargs& kwargs) {
 class OnThreads final : public Backend {
  public:
   explicit OnThreads(int threads) : threads_(threads) {}
+  // With panels of the weights, which are these tensors.
+  OnThreads(int threads, Prepacked& prepacked, const py::tuple& weights)
+      : threads_(threads), prepacked_(&prepacked), weights_(weights) {}
   const Rules& rules() const override { return kCpuRules; }
-  void run(const std::vector<Checked<Forward>>& layers) const override { run_without_gil(layers, threads_); }
+  void run(const std::vector<Checked<Forward>>& layers) const override {
+    const auto panels = prepacked_ == nullptr ? nullptr : prepacked_->panels_of(layers, weights_);
+    if (panels == nullptr) return run_without_gil(layers, threads_);
+    const py::gil_scoped_release release;
+    size_t next = 0;
+    for (const Checked<Forward>& layer : layers) {
+      for (const Forward& direction : layer.directions) pyrnnfast::run(direction, threads_, &(*panels)[next++]);
+    }
+  }
   void run(const std::vector<Checked<Backward>>& layers) const override { run_without_gil(layers, threads_); }
 
  private:
   int threads_;
+  Prepacked* prepacked_ = nullptr;
+  py::tuple weights_;
 };
 
 py::object forward_of_plain(const py::args& args, const py::kwargs& kwargs) {
-  static const std::vector<const char*> names = plain_forward_names({"threads"});
+  static const std::vector<const char*> names = plain_forward_names({"prepacked", "threads"});
   const Arguments arguments("forward_plain", names, args, kwargs);
-  return forward_plain(arguments, OnThreads(check_threads(arguments.integer(kPlainForwardOperands))));
+  const py::handle prepacked = arguments[kPlainForwardOperands];
+  const int threads = check_threads(arguments.integer(kPlainForwardOperands + 1));
+  if (prepacked.is_none()) return forward_plain(arguments, OnThreads(threads));
+  if (!py::isinstance<Prepacked>(prepacked)) throw py::type_error("prepacked must be a Prepacked or None");
+  return forward_plain(arguments, OnThreads(threads, prepacked.cast<Prepacked&>(), arguments.tuple(kPlainWeights)));
 }
 
 py::tuple backward_of_plain(const py::args& args, const py::kwargs& kwargs) {
@@ -208,6 +228,10 @@ void set_threshold_of(const py::args& args, const py::kwargs& kwargs) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Recurrent layers on the CPU; csrc/check.h tells what each operand is.";
   instruction_set_in_use();  // a bad PYRNNFAST_ISA fails here, at import
+  py::class_<Prepacked>(m, "Prepacked", "What a module keeps of its weights from call to call; see csrc/prepacked.h.")
+      .def(py::init<>())
+      // A copy, or what a file has, begins with nothing.
+      .def("__reduce__", [](const py::object& self) { return py::make_tuple(py::type::of(self), py::tuple()); });
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("forward_plain", &forward_of_plain, "A plain stack of layers, or step; None for whatever is not so plain.");

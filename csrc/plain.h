@@ -27,8 +27,9 @@ class Backend {
 // The names of the arguments: those of the operands, then `others`, which are the backend's.
 std::vector<const char*> plain_forward_names(std::initializer_list<const char*> others);
 std::vector<const char*> plain_backward_names(std::initializer_list<const char*> others);
-// How many of the names are those of operands, and which is x.
-inline constexpr size_t kPlainForwardOperands = 10, kPlainBackwardOperands = 12, kPlainX = 2;
+// How many of the names are those of operands, and which are these.
+inline constexpr size_t kPlainForwardOperands = 10, kPlainBackwardOperands = 12;
+inline constexpr size_t kPlainX = 2, kPlainWeights = 4;
 
 // Both have
 //

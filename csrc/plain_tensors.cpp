@@ -60,7 +60,7 @@ PlainCall::PlainCall(const Arguments& arguments)
       form(arguments.tuple(1)),
       x(arguments[kPlainX]),
       batch_sizes(arguments[3]),
-      weights(arguments.tuple(4)) {}
+      weights(arguments.tuple(kPlainWeights)) {}
 
 bool read_form(const py::tuple& given, Form& form) {
   if (given.size() != 5 || !PyUnicode_Check(py::handle(given[0]).ptr())) return false;

@@ -16,7 +16,8 @@ from markupsafe import Markup
 import pyrnnfast
 from pyrnnfast import functional, ops, seq2seq
 
-PAGES = ("pyrnnfast", r"!pyrnnfast\.replace$")  # the module has the name of its function, which is on the first page
+# Modules that have the name of their function, which is on the first page, have none of their own.
+PAGES = ("pyrnnfast", r"!pyrnnfast\.(replace|prepack)$")
 
 # What is for callers, where a module does not say so itself.
 OFFERED = {

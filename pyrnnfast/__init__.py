@@ -9,6 +9,7 @@ from . import cuda, functional, quota, reference, tbptt
 from .about import Info, info
 from .modules import GRU, LSTM, RNN, Explanation, GRUCell, LSTMCell, RNNCell, explain
 from .ops import enable_compile
+from .prepack import prepack
 from .replace import replace, restore
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "explain",
     "functional",
     "info",
+    "prepack",
     "reference",
     "replace",
     "restore",

@@ -5,6 +5,8 @@ from torch import Tensor
 
 Tensors = tuple[Tensor | None, ...]
 
+class Prepacked: ...
+
 def forward(
     cell: str,
     x: Tensor,
@@ -49,6 +51,7 @@ def forward_plain(
     outputs: int,
     hx: object,
     grad: bool,
+    prepacked: Prepacked | None,
     threads: int,
 ) -> tuple[Any, tuple[Tensor, ...] | None] | None: ...
 def backward_plain(

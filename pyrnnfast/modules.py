@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, ParamSpec, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from . import functional, layers, plain, roads
+from . import _cpu, functional, layers, plain, roads
 from .layers import NO_EXTRAS, Extras
 from .obstacles import Spec
 
@@ -32,6 +32,9 @@ def _by_name(module: torch.nn.Module, names: Sequence[str]) -> list[Any]:
 
 class _Ours(torch.nn.Module):
     """What all of ours have besides ``forward``."""
+
+    _prepacked: _cpu.Prepacked | None = None
+    """Of a module itself where :func:`pyrnnfast.prepack` asked for it."""
 
     def to_torch(self) -> torch.nn.Module:
         """The module of ``torch.nn`` that this one stands for, for tools that know torch's own classes only.
@@ -155,7 +158,7 @@ class _Layers(_Ours, torch.nn.RNNBase):
             if suits and not extras.given:
                 form = self.mode.lower(), self.num_layers, 2 if self.bidirectional else 1, False, self.batch_first
                 hidden, outputs = self.hidden_size, self.proj_size or self.hidden_size
-                found = plain.call(form, self.input_size, hidden, outputs, input, hx, weights, super().forward)
+                found = plain.call(form, self.input_size, hidden, outputs, input, hx, weights, super().forward, self)
                 if found is not None:
                     return found
         elif isinstance(input, torch.fx.Proxy):
@@ -268,7 +271,7 @@ class _Cells(_Ours, torch.nn.RNNCellBase):
         if type(input) is Tensor:
             form = self._kind(), 1, 1, True, False
             hidden = self.hidden_size
-            found = plain.call(form, self.input_size, hidden, hidden, input, hx, weights, super().forward)
+            found = plain.call(form, self.input_size, hidden, hidden, input, hx, weights, super().forward, self)
             if found is not None:
                 return found
         elif isinstance(input, torch.fx.Proxy):

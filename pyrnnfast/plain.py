@@ -34,6 +34,7 @@ def call(
     hx: Any,
     weights: Sequence[Tensor],
     otherwise: Callable[[Any, Any], Any],
+    owner: Any = None,
 ) -> Any:
     """What torch.nn's module would return, or None where the call is not plain.
 
@@ -45,6 +46,7 @@ def call(
         weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction, and with projections
             weight_hr behind them
         otherwise: torch's own way to do it, given input and hx
+        owner: the module that has the weights, if one has
 
     Raises:
         ValueError: as :func:`pyrnnfast.obstacles.check_packed`
@@ -88,7 +90,8 @@ def call(
         if not all(isinstance(s, Tensor) and s.dim() == 3 and s.shape[1:2] == order.shape for s in states):
             return None
         hx = layers.permuted(hx, order)
-    results = stack.run(form, problem, input_size, hidden_size, outputs, x, batch_sizes, hx, weights)
+    prepacked = None if owner is None else owner._prepacked
+    results = stack.run(form, problem, input_size, hidden_size, outputs, x, batch_sizes, hx, weights, prepacked)
     if results is None:
         return None
     if batch_sizes is None:

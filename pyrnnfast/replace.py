@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from . import modules
+from .prepack import prepack
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
@@ -62,4 +63,4 @@ def restore(model: ModelT) -> ModelT:
     for name, module in model.named_modules():
         if isinstance(module, modules.LSTM) and module.cell_states:
             raise ValueError(f"torch.nn.LSTM has no cell_states, as asked of {name or 'the module'}")
-    return _swap(model, _STOCK)
+    return _swap(prepack(model, False), _STOCK)

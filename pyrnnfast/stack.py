@@ -42,6 +42,7 @@ def run(
     batch_sizes: Tensor | None,
     hx: Any,
     weights: tuple[Tensor, ...],
+    prepacked: _cpu.Prepacked | None = None,
 ) -> Any:
     """(y, h_n) or (y, (h_n, c_n)), or of a step h or (h, c); None where anything is unusual.
 
@@ -52,9 +53,11 @@ def run(
         hx: None, or [layers·D, B, H] (without B when unbatched; of a step [B, H]), or of the LSTM a pair of them
         weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction, and with projections
             weight_hr behind them
+        prepacked: what is kept of the weights between calls, of which those with gradients make no use: theirs change
     """
-    kernel, own = _pass(problem, x, False)
-    operands = x, batch_sizes, weights, input_size, hidden_size, outputs, hx, torch.is_grad_enabled()
+    grad = torch.is_grad_enabled()
+    kernel, own = _forward_pass(problem, x, None if grad else prepacked)
+    operands = x, batch_sizes, weights, input_size, hidden_size, outputs, hx, grad
     found = profiled(form[0], "forward", kernel, PLAIN, form, *operands, *own)
     if found is None:
         return None
@@ -103,11 +106,21 @@ def layer(
     return autograd.layer(cell, x, steps, h0, c0, weights, cell_states)
 
 
-def _pass(problem: Problem | None, x: Tensor, back: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What takes the operands of a pass, and what it is given behind them. The problem: of a call on CUDA."""
+_Pass = tuple[Callable[..., Any], tuple[Any, ...]]
+"""What takes the operands of a pass, and what it is given behind them."""
+
+
+def _forward_pass(problem: Problem | None, x: Tensor, prepacked: _cpu.Prepacked | None) -> _Pass:
+    """The problem: of a call on CUDA."""
     if problem is not None:
-        return cuda.plain_pass(x, problem, back)
-    return _cpu.backward_plain if back else _cpu.forward_plain, (torch.get_num_threads(),)
+        return cuda.plain_pass(x, problem, False)
+    return _cpu.forward_plain, (prepacked, torch.get_num_threads())
+
+
+def _backward_pass(problem: Problem | None, x: Tensor) -> _Pass:
+    if problem is not None:
+        return cuda.plain_pass(x, problem, True)
+    return _cpu.backward_plain, (torch.get_num_threads(),)
 
 
 class _Plain(torch.autograd.Function):
@@ -150,7 +163,7 @@ class _Plain(torch.autograd.Function):
         needs = (need_x, need_h0, need_c0, *(needs_weights or (False,) * len(weights)))
         found: Sequence[Tensor | None]
         if not beyond_kernels(grads):
-            run, own = _pass(ctx.problem, x, True)
+            run, own = _backward_pass(ctx.problem, x)
             operands = x, batch_sizes, weights, needs, h0, c0, y, kept, grads, in_loop
             found = profiled(ctx.form[0], "backward", run, PLAIN, ctx.form, *operands, *own)
             if in_loop and found[-1] is not None:

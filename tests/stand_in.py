@@ -49,7 +49,7 @@ class Fake:
 
     def forward_plain(self, *operands: Any) -> Any:
         *own, forms, tf32 = operands
-        found = _PLAIN[0](*own, 1)
+        found = _PLAIN[0](*own, None, 1)
         if found is not None:
             self._note_each("forward", forms, tf32)
         return found

@@ -416,7 +416,7 @@ def test_a_truth_that_is_no_bool_is_not_decided_here() -> None:
     for value in (1, 0, None, np.True_, "yes"):
         x = torch.ones(2, 1, 4)
         for form in (("gru", 1, 1, False, value), ("gru", 1, 1, value, False)):
-            assert _cpu.forward_plain(TYPES, form, x, None, GRU, 4, 3, 3, None, False, 1) is None
+            assert _cpu.forward_plain(TYPES, form, x, None, GRU, 4, 3, 3, None, False, None, 1) is None
 
 
 def test_cell_states_of_a_class(taken: list[bool]) -> None:
@@ -563,6 +563,7 @@ def test_junk_raises_or_is_refused() -> None:
         "outputs": 3,
         "hx": None,
         "grad": False,
+        "prepacked": None,
         "threads": 1,
     }
 

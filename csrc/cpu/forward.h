@@ -3,7 +3,7 @@
 //
 // The input's product comes first, for all rows of a chunk of steps. Weights are packed before, or, where each panel is
 // used once (W_hh of a single step, W_ih of a single chunk), a panel at a time as it is used; where there are only a
-// few rows in all, both are dot products with weights read where they lie.
+// few rows in all, both are dot products with weights read where they lie. Or they are packed since an earlier call.
 #pragma once
 
 #include "../activations.h"
@@ -302,7 +302,7 @@ struct ForwardPass {
     return region<P>(plan, kPackedProjection) + packed_depth(p.hidden) * b.first;
   }
   static void pack_projection(const Forward& p, const Plan& plan, const Share& share) {
-    if (!packed(plan)) return;
+    if (!packed(plan) || plan.hidden == Packing::kept) return;
     const Blocks own = blocks_to_pack(output_blocks(p, plan), share);
     for (int64_t index = own.begin; index < own.end; ++index) {
       const Block b = output_block(p, plan, index);

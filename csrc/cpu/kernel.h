@@ -37,6 +37,7 @@ enum Region {
 enum class Packing {
   in_place,  // not at all: it is read where it lies, which pays for a few rows
   before,    // all of them before the pass
+  kept,      // by an earlier call (prepacked.h), forward alone
   at_use     // where panels are used once: each by the thread that uses it, in whose second cache it stays
 };
 

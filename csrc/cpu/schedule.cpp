@@ -3,18 +3,19 @@
 // arithmetic does not depend on the rows beside it (tile.h).
 #include "schedule.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstddef>
-#include <new>
+#include <memory>
 #include <stdexcept>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../widths.h"
 #include "dispatch.h"
+#include "memory.h"
 
 namespace pyrnnfast {
 namespace {
@@ -51,64 +52,35 @@ constexpr int64_t kRowsPerThread = 4;
 // So large a W_hh does not fit the second cache: threads that each have few rows had better share its units.
 constexpr int64_t kLargeWeights = 192 << 10, kFewRows = 16;
 
-constexpr size_t kLargePage = size_t{2} << 20;
 // A result beyond this may come fresh from the system at each call: always beyond 32 MB (glibc's largest threshold),
 // and else where the heap has been cut back meanwhile.
 constexpr size_t kPerhapsFresh = size_t{3} << 20;
-
-// Large memory comes fresh from the system, page by page at the first touch: large pages are fewer. A wish only;
-// refusal is no error. Granted ones are touched here, without a change to what stands there, and by one thread: two
-// that find the same one untouched may wait for each other fifty times as long as it takes to clear it.
-void wish_for_large_pages(void* data, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const auto address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t end = (address + bytes) / kLargePage * kLargePage;
-  if (data == nullptr || begin >= end) return;
-  if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) != 0) return;
-  for (uintptr_t page = begin; page < end; page += kLargePage) {
-    __atomic_fetch_or(reinterpret_cast<unsigned char*>(page), 0, __ATOMIC_RELAXED);
-  }
-#else
-  static_cast<void>(data), static_cast<void>(bytes);
-#endif
-}
 
 // The memory of one call. What a call has used is kept for the next one, at most kKept bytes of it: memory that is
 // given back comes fresh from the system the next time, and its first touch takes longer than many a kernel.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : block_(spare.exchange(nullptr)) {
-    if (block_ != nullptr && block_->bytes >= bytes) return;
-    release(block_);
-    block_ = nullptr;
-    const size_t total = sizeof(Block) + bytes;
-    const size_t alignment = total >= 2 * kLargePage ? kLargePage : alignof(Block);
-    void* memory = ::operator new(total, std::align_val_t(alignment));
-    wish_for_large_pages(memory, total);
-    block_ = new (memory) Block{bytes, alignment};
+  explicit Scratch(size_t bytes) : memory_(spare.exchange(nullptr)) {
+    if (memory_ != nullptr && memory_->bytes >= bytes) return;
+    memory_.reset();  // before there is more
+    memory_ = allocate(bytes);
   }
-  ~Scratch() { release(block_->bytes <= kKept ? spare.exchange(block_) : block_); }
+  ~Scratch() {
+    if (memory_->bytes <= kKept) memory_.reset(spare.exchange(memory_.release()));
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  std::byte* data() const { return reinterpret_cast<std::byte*>(block_ + 1); }
+  std::byte* data() const { return memory_->data(); }
 
  private:
-  struct alignas(64) Block {
-    size_t bytes, alignment;
-  };
   // The packed weights of an LSTM of 1024 units and inputs, and its rows of a chunk.
   static constexpr size_t kKept = size_t{64} << 20;
   static std::atomic<Block*> spare;  // a call at the same time finds none, and takes its own
 
-  static void release(Block* block) {
-    if (block != nullptr) ::operator delete(block, std::align_val_t(block->alignment));
-  }
-
-  Block* block_;
+  Allocation memory_;
 };
-std::atomic<Scratch::Block*> Scratch::spare{nullptr};
+std::atomic<Block*> Scratch::spare{nullptr};
 
 // The cost of the rows [begin, end) of a chunk's steps, in rows: fewer than a low tile's take no less time, as the
 // weights have to be read all the same.
@@ -334,8 +306,20 @@ struct Job {
   }
 };
 
+// Panels that outlive a call of so planned a pass; null: there are none, and it packs its weights as is best for
+// itself.
+std::shared_ptr<Panels> panels_for(const Forward& p, const InstructionSet& isa, const Kernel<Forward>& kernel,
+                                   Plan plan, KeptPanels& kept) {
+  int64_t bytes[kRegions] = {};
+  plan.hidden = plan.input = Packing::before;
+  kernel.layout(p, plan, bytes);
+  // A single step without a state has no use for W_hh, and would leave it out for those that have.
+  return bytes[kPackedHidden] == 0 ? nullptr : kept.find(key_of(p, isa, plan, bytes));
+}
+
 template <class P>
-void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, int wanted) {
+void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, int wanted,
+                KeptPanels* kept = nullptr) {
   const int64_t rows = p.offsets[p.steps];
   // A step counts as a row more: even of one row it has to read all the weights.
   const auto weights = static_cast<double>(widths_of(p.cell).gates * p.hidden * p.inputs + weights_of_step(p));
@@ -351,8 +335,16 @@ void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, 
     if (result.bytes > kPerhapsFresh) wish_for_large_pages(result.data, result.bytes);
   }
   Plan plan = make_plan(p, isa, kernel, groups, team.size());
+  std::shared_ptr<Panels> panels;
+  if constexpr (std::is_same_v<P, Forward>) {
+    if (kept != nullptr) panels = panels_for(p, isa, kernel, plan, *kept);
+    if (panels != nullptr) plan.hidden = plan.input = panels->filled ? Packing::kept : Packing::before;
+  }
   int64_t bytes[kRegions] = {};
   kernel.layout(p, plan, bytes);
+  if (panels != nullptr) {
+    for (const Region r : kPanelRegions) bytes[r] = 0;
+  }
   // A cache line between the regions: two of the same power of two in size would fall upon one another in the caches.
   constexpr size_t line = 64;
   size_t begin[kRegions], total = 0;
@@ -362,16 +354,23 @@ void run_kernel(const P& p, const InstructionSet& isa, const Kernel<P>& kernel, 
   }
   const Scratch scratch(total);
   for (int r = 0; r < kRegions; ++r) plan.region[r] = bytes[r] > 0 ? scratch.data() + begin[r] : nullptr;
+  if (panels != nullptr) {
+    for (size_t i = 0; i < kPanelRegions.size(); ++i) plan.region[kPanelRegions[i]] = panels->region[i];
+  }
   Job<P> job{p, kernel, plan, blocks, rows_set, std::vector<Barrier>(static_cast<size_t>(team.size())), {}};
   // Back, each product is two: with the weights, and of the rows.
   team.run(Job<P>::body, &job, Order<P>::products_first ? operations : 2 * operations);
+  if (panels != nullptr && !panels->filled) {
+    panels->filled = true;
+    kept->keep(std::move(panels));
+  }
 }
 
 }  // namespace
 
-void run(const Forward& p, int threads) {
+void run(const Forward& p, int threads, KeptPanels* kept) {
   const InstructionSet& isa = instruction_set_in_use();
-  run_kernel(p, isa, isa.forward[static_cast<int>(p.cell)][static_cast<int>(p.dtype)], threads);
+  run_kernel(p, isa, isa.forward[static_cast<int>(p.cell)][static_cast<int>(p.dtype)], threads, kept);
 }
 
 void run(const Backward& p, int threads) {

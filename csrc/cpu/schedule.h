@@ -4,12 +4,13 @@
 #include <string>
 
 #include "kernel.h"
+#include "prepacked.h"
 
 namespace pyrnnfast {
 
 // One direction of a layer, on at most `threads` threads. Throws std::bad_alloc, and then nothing of it has been
-// written.
-void run(const Forward& problem, int threads);
+// written. `kept`: what the caller keeps of the weights from call to call, if anything.
+void run(const Forward& problem, int threads, KeptPanels* kept = nullptr);
 void run(const Backward& problem, int threads);
 void run(const Product& problem, int threads);
 

@@ -1,0 +1,382 @@
+"""Weights that stay packed from call to call (pyrnnfast.prepack): the same numbers, changes noticed, nothing left over.
+
+That they do stay is seen by changing one number behind torch's back, where nobody looks for it.
+"""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import CELLS, TABLE, Case
+from torch import Tensor
+from torch.nn.utils import parametrizations
+
+import pyrnnfast
+from pyrnnfast import _cpu, passes
+
+# All that are plain: nothing happens between layers, and a step has a batch.
+PLAIN = [
+    *(c for c in TABLE if not (c.dropout > 0 and c.layers > 1) and not (c.single_step and c.unbatched)),
+    *(Case(cell, steps=1, batch=batch, hidden=hidden) for cell in CELLS for batch in (1, 9) for hidden in (16, 37)),
+]
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "threads"), [(torch.float32, 1), *((dtype, 3) for dtype in passes.DTYPES)], ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_the_same_bits_as_of_weights_packed_at_each_call(case: Case, dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _cpu.set_threshold("serial_operations", 0)
+    case = replace(case, dropout=0.0)
+    module, prepacked = case.module(pyrnnfast, dtype), pyrnnfast.prepack(case.module(pyrnnfast, dtype))
+    x, states = case.operands(dtype)
+    with torch.no_grad():
+        _cpu.set_threshold("unpacked_rows", 0)
+        expected = module(case.packed(x), case.hx(states))
+        _cpu.set_threshold("unpacked_rows", -1)
+        for _ in range(3):
+            assert same(prepacked(case.packed(x), case.hx(states)), expected)
+
+
+@pytest.mark.parametrize("case", [Case(cell, steps=3, batch=4, hidden=37) for cell in CELLS], ids=str)
+def test_right_on_every_instruction_set(case: Case, instruction_set: str) -> None:
+    truth = case.module(pyrnnfast, torch.float64)
+    module = pyrnnfast.prepack(case.module(pyrnnfast))
+    x, states = case.operands()
+    expected = case.run_reference(truth, *(t.double() for t in (x,)), tuple(s.double() for s in states))
+    with torch.inference_mode():
+        for _ in range(2):
+            found = case.run(module, x, states)
+            torch.testing.assert_close(found, {k: v.float() for k, v in expected.items()}, rtol=1e-5, atol=1e-5)
+
+
+def test_instruction_sets_by_turns() -> None:
+    module = pyrnnfast.prepack(pyrnnfast.GRU(5, 19))
+    x = torch.randn(2, 3, 5)
+    with torch.no_grad():
+        expected = module(x)
+        for name in _cpu.instruction_sets() * 2:
+            _cpu.select_instruction_set(name)
+            torch.testing.assert_close(module(x), expected)
+
+
+STEP = Case("lstm", steps=1, batch=3, inputs=20, hidden=33)
+"""Whose weights have rows and columns, such as the second, of which no element is looked at."""
+
+
+def secretly_changed(module: torch.nn.Module) -> None:
+    """One number of W_hh."""
+    weight = module.get_parameter("weight_hh_l0")
+    version = weight._version
+    weight.data[1, 1] += 100
+    assert weight._version == version
+
+
+def test_they_stay() -> None:
+    x, states = STEP.operands()
+    module, fresh = pyrnnfast.prepack(STEP.module(pyrnnfast)), STEP.module(pyrnnfast)
+    with torch.no_grad():
+        before = module(x, states)
+        for m in (module, fresh):
+            secretly_changed(m)
+        changed = fresh(x, states)
+        assert not torch.allclose(changed[0], before[0])
+        assert same(module(x, states), before)
+    # With gradients they are not used: weights of those change.
+    torch.testing.assert_close(module(x, states), changed)
+    with torch.no_grad():
+        assert same(module(x, states), before)
+        pyrnnfast.prepack(module)
+        torch.testing.assert_close(module(x, states), changed)
+    # Two numbers of threads, of rows and of steps have the same.
+    with torch.no_grad():
+        before = module(x, states)
+        secretly_changed(module)
+        torch.set_num_threads(2)
+        assert same(module(x, states), before)
+        longer = module(x.expand(4, -1, -1), states)
+        torch.testing.assert_close(longer[0][:1], before[0])
+        torch.testing.assert_close(module(x[:, :1], tuple(s[:, :1].contiguous() for s in states))[0], before[0][:, :1])
+        # A first step without a state has no use for W_hh, and is as it would be.
+        torch.testing.assert_close(module(x), fresh(x))
+        assert same(module(x, states), before)
+
+
+def step_of_an_optimizer(module: torch.nn.Module) -> None:
+    with torch.enable_grad():
+        module(torch.ones(2, 3, 20))[0].sum().backward()
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+
+
+def in_place(module: torch.nn.Module) -> None:
+    module.get_parameter("weight_hh_l0")[1, 1] = 3.0
+
+
+def a_slice_in_place(module: torch.nn.Module) -> None:
+    module.get_parameter("weight_ih_l0")[:5].mul_(2.0)
+
+
+def by_a_view_of_data(module: torch.nn.Module) -> None:
+    module.get_parameter("weight_hh_l0").data.mul_(1.001)
+
+
+def by_numpy(module: torch.nn.Module) -> None:
+    module.get_parameter("weight_ih_l0").detach().numpy()[:] *= 1.5
+
+
+def other_data(module: torch.nn.Module) -> None:
+    weight = module.get_parameter("weight_hh_l0")
+    for _ in range(3):  # each time where the last but one has been, unless somebody still has it
+        weight.data = weight.data.clone()
+    weight.data[1, 1] = 3.0
+
+
+def other_parameter(module: torch.nn.Module) -> None:
+    changed = module.get_parameter("weight_hh_l0").clone()
+    changed[1, 1] = 3.0
+    module.weight_hh_l0 = torch.nn.Parameter(changed)
+
+
+def transposed(module: torch.nn.Module) -> None:
+    """The same memory, another matrix."""
+    weight = module.get_parameter("weight_hh_l0")
+    weight.data = weight.data.as_strided(weight.shape, (1, 4 * 33))
+
+
+def loaded(module: torch.nn.Module) -> None:
+    state = copy.deepcopy(module.state_dict())
+    state["weight_hh_l0"][1, 1] = 3.0
+    module.load_state_dict(state)
+
+
+def assigned(module: torch.nn.Module) -> None:
+    state = copy.deepcopy(module.state_dict())
+    state["weight_hh_l0"][1, 1] = 3.0
+    module.load_state_dict(state, assign=True)
+
+
+def rounded(module: torch.nn.Module) -> None:
+    module.half().float()
+
+
+def moved(module: torch.nn.Module) -> None:
+    module.share_memory()
+    module.get_parameter("weight_hh_l0")[1, 1] = 3.0
+
+
+def of_double_precision(module: torch.nn.Module) -> None:
+    module.double()
+
+
+CHANGES = [
+    step_of_an_optimizer,
+    in_place,
+    a_slice_in_place,
+    by_a_view_of_data,
+    by_numpy,
+    other_data,
+    other_parameter,
+    transposed,
+    loaded,
+    assigned,
+    rounded,
+    moved,
+    of_double_precision,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_changes_are_noticed(change: Callable[[torch.nn.Module], None], steps: int) -> None:
+    case = replace(STEP, steps=steps)
+    module, prepacked = case.module(pyrnnfast), pyrnnfast.prepack(case.module(pyrnnfast))
+    x, states = case.operands()
+    with torch.no_grad():
+        before = prepacked(x, states)
+        for _ in range(2):
+            torch.manual_seed(0)
+            change(module)
+            torch.manual_seed(0)
+            change(prepacked)
+            dtype = module.get_parameter("weight_hh_l0").dtype
+            own = x.to(dtype), tuple(s.to(dtype) for s in states)
+            found = prepacked(*own)
+            torch.testing.assert_close(found, module(*own))
+            assert same(prepacked(*own), found)
+        assert not torch.equal(found[0], before[0])
+
+
+def test_weights_of_inference_mode_are_packed_each_time() -> None:
+    """torch does not count their changes."""
+    with torch.inference_mode():
+        module, fresh = (STEP.module(pyrnnfast) for _ in range(2))
+        x, states = STEP.operands()
+        pyrnnfast.prepack(module)
+        for _ in range(2):
+            torch.testing.assert_close(module(x, states), fresh(x, states))
+            for m in (module, fresh):
+                m.get_parameter("weight_hh_l0")[1, 1] += 100
+
+
+def test_bidirectional_stack_of_which_one_weight_changes() -> None:
+    case = Case("gru", steps=1, batch=2, inputs=20, hidden=33, layers=3, bidirectional=True)
+    module, prepacked = case.module(pyrnnfast), pyrnnfast.prepack(case.module(pyrnnfast))
+    x, states = case.operands()
+    with torch.no_grad():
+        prepacked(x, case.hx(states))
+        for name, _ in module.named_parameters():
+            for m in (module, prepacked):
+                m.get_parameter(name).view(-1)[-2] += 5.0
+            torch.testing.assert_close(prepacked(x, case.hx(states)), module(x, case.hx(states)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("projected", [0, 7])
+def test_narrow_weights_for_few_and_for_many_rows(dtype: torch.dtype, projected: int, instruction_set: str) -> None:
+    case = replace(STEP, projected=projected, steps=2)
+    module, prepacked = case.module(pyrnnfast, dtype), pyrnnfast.prepack(case.module(pyrnnfast, dtype))
+    _cpu.set_threshold("serial_operations", 0)
+    with torch.no_grad():
+        for batch in (1, 20, 1, 20, 9):
+            x = torch.randn(2, batch, 20).to(dtype)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                torch.testing.assert_close(prepacked(x), module(x))
+
+
+def test_all_modules_of_a_model_and_none_left_behind() -> None:
+    model = torch.nn.ModuleDict({"a": pyrnnfast.LSTM(20, 33), "b": pyrnnfast.GRUCell(3, 4), "c": torch.nn.GRU(3, 4)})
+    assert pyrnnfast.prepack(model) is model
+    assert [hasattr(m, "_prepacked") and m._prepacked is not None for m in model.values()] == [True, True, False]
+    stock = model["a"].to_torch()
+    assert set(vars(stock)) == set(vars(torch.nn.LSTM(20, 33)))
+    assert pyrnnfast.prepack(model, False) is model
+    assert all("_prepacked" not in vars(m) for m in model.values())
+    pyrnnfast.restore(pyrnnfast.prepack(model))
+    assert set(vars(model["a"])) == set(vars(torch.nn.LSTM(20, 33)))
+    with pytest.raises(ValueError, match="no recurrent module of pyrnnfast"):
+        pyrnnfast.prepack(torch.nn.Sequential(torch.nn.LSTM(3, 4)))
+    pyrnnfast.prepack(torch.nn.Linear(1, 1), False)
+
+
+def by_file(module: torch.nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), by_file])
+def test_copies(copied: Callable[[torch.nn.Module], Any]) -> None:
+    module = pyrnnfast.prepack(STEP.module(pyrnnfast))
+    x, states = STEP.operands()
+    with torch.no_grad():
+        before = module(x, states)
+        other = copied(module)
+        assert isinstance(other._prepacked, _cpu.Prepacked)
+        assert same(other(x, states), before)
+        if other.weight_hh_l0 is not module.get_parameter("weight_hh_l0"):
+            other.weight_hh_l0.zero_()
+            assert not same(other(x, states), before)
+        assert same(module(x, states), before)
+
+
+def test_weights_that_are_not_the_modules_own() -> None:
+    module = pyrnnfast.prepack(STEP.module(pyrnnfast))
+    x, states = STEP.operands()
+    with torch.no_grad():
+        before = module(x, states)
+        zeros = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+        given = torch.func.functional_call(module, zeros, (x, states))
+        torch.testing.assert_close(given[0][0], torch.sigmoid(torch.tensor(0.0)) * torch.tanh(states[1] * 0.5)[0])
+        assert same(module(x, states), before)
+    parametrizations.weight_norm(module, "weight_hh_l0")
+    assert isinstance(module.parametrizations.weight_hh_l0.original0, Tensor)  # type: ignore[union-attr]
+    with torch.no_grad():
+        for _ in range(3):
+            module.parametrizations.weight_hh_l0.original0.mul_(1.1)  # type: ignore[union-attr]
+            expected = pyrnnfast.functional.lstm(x, states, [getattr(module, n) for n in module._flat_weights_names])  # type: ignore[attr-defined]
+            torch.testing.assert_close(module(x, states), expected)
+
+
+def test_compiled() -> None:
+    pyrnnfast.enable_compile()
+    module = pyrnnfast.prepack(STEP.module(pyrnnfast))
+    x, states = STEP.operands()
+    with torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, states), module(x, states))
+
+
+def test_nothing_stays_alive() -> None:
+    module = pyrnnfast.prepack(STEP.module(pyrnnfast))
+    x, states = STEP.operands()
+    with torch.no_grad():
+        module(x, states)
+    weight = weakref.ref(module.get_parameter("weight_hh_l0"))
+    module.get_parameter("weight_hh_l0").register_hook(lambda g, owner=module: g)  # a cycle
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
+    assert weight() is None
+
+
+def test_no_inputs() -> None:
+    """Which torch's constructors refuse."""
+    module, prepacked = pyrnnfast.GRU(1, 5), pyrnnfast.prepack(pyrnnfast.GRU(1, 5))
+    prepacked.load_state_dict(module.state_dict())
+    for m in (module, prepacked):
+        m.input_size, m.weight_ih_l0 = 0, torch.nn.Parameter(torch.empty(15, 0))
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(prepacked(torch.ones(3, 2, 0)), module(torch.ones(3, 2, 0)))
+
+
+def test_threads_of_python_share_them_while_weights_change() -> None:
+    module, fresh = pyrnnfast.prepack(STEP.module(pyrnnfast)), STEP.module(pyrnnfast)
+    x, states = STEP.operands()
+    count, rounds = 4, 50
+    expected: list[Any] = []
+    wrong: list[int] = []
+
+    def change() -> None:
+        with torch.no_grad():
+            for m in (module, fresh):
+                m.get_parameter("weight_hh_l0")[1, 1] += 1
+            expected.append(fresh(x, states))
+
+    begin, end = threading.Barrier(count, action=change), threading.Barrier(count)
+
+    def call() -> None:
+        for k in range(rounds):
+            begin.wait()
+            for _ in range(3):
+                with torch.no_grad():
+                    found = flat(module(x, states))
+                if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, flat(expected[k]), strict=True)):
+                    wrong.append(k)
+            end.wait()
+
+    threads = [threading.Thread(target=call) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(expected) == rounds
+    assert not wrong
