@@ -1,8 +1,9 @@
 """Inference, ours against ONNX Runtime, with which many serve: ``python -m benchmarks.served [--out NAME] …``
 
 The ten shapes of the main table, float32. ONNX Runtime has packed the weights when it loaded them; ours are torch's
-parameters, packed anew in each call. Its threads go on looking for work for a while when they have done theirs, as
-torch's do, so each side has a process of its own, and they take turns of some tenths of a second.
+parameters, packed anew in each call, or, with ``prepack``, once. Its threads go on looking for work for a while when
+they have done theirs, as torch's do, so each side has a process of its own, and they take turns of some tenths of a
+second.
 """
 
 import argparse
@@ -18,13 +19,15 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+import pyrnnfast
+
 from . import record, rows, targets
 from .__main__ import TOLERANCE, add_filters, difference
 from .processes import Workers, by_turns, setting, work
 from .rows import Row, Step
 from .timing import Watch
 
-SIDES = ("ours", "onnxruntime")
+SIDES = ("ours", "prepacked", "onnxruntime")
 
 # Where torch's gates stand in ONNX's order: i o f c, and z r n.
 GATES = {"lstm": [0, 3, 1, 2], "gru": [1, 0, 2], "rnn": [0]}
@@ -62,6 +65,8 @@ def step(row: Row, side: str) -> Step:
     """The row's call, on the threads that it says."""
     if side == "ours":
         return rows.sides(row)["ours"]  # which are fused
+    if side == "prepacked":
+        return rows.step(row, pyrnnfast.prepack(rows.module(row, ours=True)))
     module = rows.module(row, ours=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = row.threads
@@ -82,9 +87,11 @@ def step(row: Row, side: str) -> Step:
 def measure(row: Row, seconds: float, rounds: int, watch: Watch) -> dict[str, Any]:
     """Milliseconds of a call of each side, and whether it was disturbed to the last."""
     with setting(row):
-        for found, expected in zip(step(row, "ours")(), step(row, "onnxruntime")(), strict=True):
-            if not difference(found, expected) <= TOLERANCE["float32"]:
-                raise SystemExit(f"{row}: ours differs from ONNX Runtime's; nothing timed")
+        true = step(row, "onnxruntime")()
+        for side in SIDES[:2]:
+            for found, expected in zip(step(row, side)(), true, strict=True):
+                if not difference(found, expected) <= TOLERANCE["float32"]:
+                    raise SystemExit(f"{row}: {side} differs from ONNX Runtime's; nothing timed")
     with ExitStack() as until:
         sides = {side: Workers("benchmarks.served", row, side, 1, until) for side in SIDES}
         for _ in range(3):
@@ -102,8 +109,12 @@ def table(chosen: list[Row], seconds: float, rounds: int) -> Iterator[dict[str, 
         found = measure(row, seconds, rounds, watches[row.threads])
         sizes = ",".join(map(str, row.shape))
         name = f"{row.cell:5}{sizes:>17}, {row.threads} thread(s)"
-        ratio = found["onnxruntime_ms"] / found["ours_ms"]
-        print(f"{name} {found['ours_ms']:9.3f} ms  ONNX Runtime {ratio:5.2f} times as long", flush=True)
+        ratios = [found["onnxruntime_ms"] / found[f"{side}_ms"] for side in SIDES[:2]]
+        print(
+            f"{name} {found['ours_ms']:9.3f} ms  ONNX Runtime {ratios[0]:5.2f} times as long"
+            f"; prepacked {found['prepacked_ms']:9.3f} ms, {ratios[1]:5.2f}",
+            flush=True,
+        )
         yield {"cell": row.cell, "shape": list(row.shape), "threads": row.threads, **found}
 
 
@@ -127,8 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     found = list(table(chosen, options.seconds, options.rounds))
     for cell in cells:
-        ratio = targets.mean(e["onnxruntime_ms"] / e["ours_ms"] for e in found if e["cell"] == cell)
-        print(f"{cell}: ONNX Runtime takes {ratio:.2f} times as long, geometric mean")
+        own = [e for e in found if e["cell"] == cell]
+        ours, prepacked = (targets.mean(e["onnxruntime_ms"] / e[f"{side}_ms"] for e in own) for side in SIDES[:2])
+        print(f"{cell}: ONNX Runtime takes {ours:.2f} times as long, prepacked {prepacked:.2f}, geometric means")
     if options.out:
         settings = {"seconds": options.seconds, "rounds": options.rounds, "threads": threads}
         versions = {"onnxruntime": onnxruntime.__version__}

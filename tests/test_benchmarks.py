@@ -12,7 +12,7 @@ import torch
 
 import pyrnnfast
 from benchmarks import __main__ as benchmark
-from benchmarks import anywhere, crowd, files, loops, memory, plot, record, rows, served, table, targets
+from benchmarks import anywhere, crowd, files, loops, memory, plot, prepacked, record, rows, served, table, targets
 from benchmarks.limits import limit
 from benchmarks.machine import Machine
 from benchmarks.rows import Row
@@ -466,8 +466,21 @@ def test_served(results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert served.main(few) == 0
     rows = record.load("few")["rows"]
     assert [r["cell"] for r in rows] == ["lstm", "gru", "rnn"]
-    assert all(r["ours_ms"] > 0 and r["onnxruntime_ms"] > 0 for r in rows)
+    assert all(r[f"{side}_ms"] > 0 for r in rows for side in served.SIDES)
     assert "gru: ONNX Runtime takes" in capsys.readouterr().out
     monkeypatch.setitem(served.GATES, "lstm", [0, 1, 2, 3])
     with pytest.raises(SystemExit, match="nothing timed"):
         served.main([*few, "--cell", "lstm"])
+
+
+def test_prepacked(results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepacked, "SIZES", (8,))
+    few = ["--seconds", "0", "--threads", "1", "--cell", "gru", "--dtype", "bfloat16", "--out", "few"]
+    prepacked.main(few)
+    rows = record.load("few")["rows"]
+    assert [(r["kind"], *r["shape"][:2]) for r in rows] == list(prepacked.CALLS)
+    assert all(r["ours_ms"] > 0 and r["prepacked_ms"] > 0 and r["torch_ms"] > 0 for r in rows)
+    assert "gru: geometric means, else" in capsys.readouterr().out
+    monkeypatch.setattr(prepacked, "difference", lambda a, b: float("nan"))
+    with pytest.raises(SystemExit, match="nothing timed"):
+        prepacked.main(few)
