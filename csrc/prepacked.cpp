@@ -5,11 +5,15 @@
 #include <utility>
 
 #include "tensor.h"
+#include "widths.h"
 
 namespace py = pybind11;
 
 namespace pyrnnfast {
 namespace {
+
+// A single step of one sequence reads so many weights where they lie in the time that it takes to ask about them.
+constexpr int64_t kFewWeights = int64_t{1} << 17;
 
 // −1: a tensor of inference mode, which has none.
 int64_t version_of(py::handle tensor) {
@@ -26,14 +30,18 @@ std::shared_ptr<PanelsOfCall> Prepacked::panels_of(const std::vector<Checked<For
                                                    const py::tuple& weights) {
   std::vector<const void*> used;
   size_t runs = 0;
+  int64_t rows = 0, elements = 0;
   for (const Checked<Forward>& layer : layers) {
     for (const Forward& p : layer.directions) {
       ++runs;
+      rows = p.offsets[p.steps];
+      elements += widths_of(p.cell).gates * p.hidden * (p.inputs + p.outputs);
       for (const Matrix& m : {p.weight_ih, p.weight_hh, p.weight_hr}) {
         if (m.data != nullptr) used.push_back(m.data);
       }
     }
   }
+  if (rows == 1 && elements <= kFewWeights) return nullptr;
   const auto panels_in = [](const std::shared_ptr<Known>& known) {
     return std::shared_ptr<PanelsOfCall>(known, &known->panels);
   };
