@@ -43,7 +43,7 @@ class Machine:
 @pytest.mark.parametrize("threads", [2, 16])
 def test_alone_nothing_changes(threads: int, length: float) -> None:
     machine = Machine(threads, length)
-    assert set(machine.run(threads - 0.2, 500)) == {threads}
+    assert set(machine.run(threads - 0.2, min(500, 600 * length))) == {threads}
 
 
 @pytest.mark.parametrize(("threads", "cores", "fewer"), [(2, 1.5, 1), (2, 1.0, 1), (16, 14.0, 14), (16, 8.2, 8)])
@@ -86,6 +86,16 @@ def test_a_short_disturbance_is_none() -> None:
     for _ in range(20):
         assert set(machine.run(2.0, 50)) == {2}
         machine.run(1.0, 2)  # of 52 ms
+
+
+@pytest.mark.parametrize("length", [1.0, 3.0])
+def test_neither_are_some_milliseconds_every_now_and_then(length: float) -> None:
+    """As by processes that take turns, whose threads go on looking for work for a while."""
+    machine = Machine(2, length)
+    sizes = []
+    for _ in range(8):
+        sizes += machine.run(1.0, 15) + machine.run(2.0, 185)
+    assert sizes.count(1) <= 0.15 * len(sizes)
 
 
 def test_short_calls_are_listened_to_seldom() -> None:

@@ -3,7 +3,8 @@
 // Threads share a step evenly and wait for one another at its end: one that has half of a core, as another program has
 // the other half, makes all of them half as fast, or less, and fewer of them may be faster. Who has to share with whom
 // is the system's affair and changes; what a team notices is that its threads, which never sleep, were without a core.
-// Then the calls that follow have fewer threads for a while, and where they get more done with them, for longer.
+// Then the calls that follow have fewer threads for a while, and where they get more done with them, and the others are
+// still there, for longer.
 // Results do not depend on it, to the bit (schedule.cpp).
 #pragma once
 
@@ -51,7 +52,9 @@ class Company {
   // A core that is there for less than the rest of it is somebody else's, too.
   static constexpr double kMissing = 0.3;
   // A judgement holds for so many times as long as it took to come to; one that follows upon another, for twice as long
-  // as that, up to the last, or to four times what it took.
+  // as that, up to the last, or to four times what it took. A first one holds only if the whole team lacks cores again
+  // when it is over: the others may have been there for some milliseconds, and come back for as many every now and
+  // then.
   static constexpr int kTimesAsLong = 8, kTimesAtMost = 4;
   static constexpr std::chrono::milliseconds kLast{1600};
   // Calls that are few may never end a trial.
@@ -66,6 +69,7 @@ class Company {
   };
 
   void begin(Time until, int fewer);
+  void hold(Time from, int fewer);
   void pause_until(Time until) { listens_from_.store(until.time_since_epoch().count(), std::memory_order_relaxed); }
 
   std::atomic<int> judged_{1}, fewer_{1};
@@ -73,8 +77,8 @@ class Company {
   std::atomic<Duration::rep> until_{0}, listens_from_{0};
   std::mutex mutex_;  // of what follows
   Sum sum_;
-  bool on_trial_ = false;
-  double rate_ = 0;  // of the team that had too few cores
+  bool on_trial_ = false, in_doubt_ = false, crowded_ = false;  // crowded: by the last judgement
+  double rate_ = 0, rate_of_fewer_ = 0;                         // of the team that had too few cores, and on trial
   Duration took_{0}, held_{0};
   Time ends_{}, last_{};
 };
