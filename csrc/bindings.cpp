@@ -136,6 +136,11 @@ bool agree(const py::args& args, const py::kwargs& kwargs) {
 
 const std::vector<const char*> kNone;
 
+void doubt_weights(const py::args& args, const py::kwargs& kwargs) {
+  Arguments("doubt_weights", kNone, args, kwargs);
+  Prepacked::doubt();
+}
+
 std::vector<std::string> names_of_instruction_sets(const py::args& args, const py::kwargs& kwargs) {
   Arguments("instruction_sets", kNone, args, kwargs);
   std::vector<std::string> names;
@@ -230,8 +235,12 @@ PYBIND11_MODULE(_cpu, m) {
   instruction_set_in_use();  // a bad PYRNNFAST_ISA fails here, at import
   py::class_<Prepacked>(m, "Prepacked", "What a module keeps of its weights from call to call; see csrc/prepacked.h.")
       .def(py::init<>())
+      .def_property_readonly("bytes", &Prepacked::bytes, "Of memory.")
       // A copy, or what a file has, begins with nothing.
-      .def("__reduce__", [](const py::object& self) { return py::make_tuple(py::type::of(self), py::tuple()); });
+      .def("__reduce__", [](const Prepacked&) {
+        return py::make_tuple(py::module_::import("pyrnnfast.prepack").attr("keeping"), py::tuple());
+      });
+  m.def("doubt_weights", &doubt_weights, "Some may have changed, without torch's counting it.");
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("forward_plain", &forward_of_plain, "A plain stack of layers, or step; None for whatever is not so plain.");

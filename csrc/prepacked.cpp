@@ -2,6 +2,7 @@
 #include "prepacked.h"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "tensor.h"
@@ -15,7 +16,8 @@ namespace {
 // A single step of one sequence reads so many weights where they lie in the time that it takes to ask about them.
 constexpr int64_t kFewWeights = int64_t{1} << 17;
 
-// −1: a tensor of inference mode, which has none.
+std::atomic<uint64_t> doubts{0};
+
 int64_t version_of(py::handle tensor) {
   static PyObject* const name = PyUnicode_InternFromString("_version");
   const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name));
@@ -24,51 +26,66 @@ int64_t version_of(py::handle tensor) {
   return value;
 }
 
+const void* memory_of(py::handle tensor) { return read_tensor(tensor, "weight").data; }
+
+// A matrix of a call, and the tensor that it is.
+struct Used {
+  py::handle tensor;
+  const void* data;
+};
+
 }  // namespace
+
+void Prepacked::doubt() { ++doubts; }
+
+int64_t Prepacked::bytes() const {
+  int64_t total = 0;
+  if (known_ != nullptr) {
+    for (KeptPanels& panels : known_->panels) total += panels.bytes();
+  }
+  return total;
+}
 
 std::shared_ptr<PanelsOfCall> Prepacked::panels_of(const std::vector<Checked<Forward>>& layers,
                                                    const py::tuple& weights) {
-  std::vector<const void*> used;
   size_t runs = 0;
+  for (const Checked<Forward>& layer : layers) runs += layer.directions.size();
+  const size_t each = weights.size() / runs;  // weight_hr is the last of them
   int64_t rows = 0, elements = 0;
+  std::vector<Used> used;
+  size_t first = 0;
   for (const Checked<Forward>& layer : layers) {
     for (const Forward& p : layer.directions) {
-      ++runs;
+      used.push_back({weights[first], p.weight_ih.data});
+      used.push_back({weights[first + 1], p.weight_hh.data});
+      if (p.weight_hr.data != nullptr) used.push_back({weights[first + each - 1], p.weight_hr.data});
+      first += each;
       rows = p.offsets[p.steps];
       elements += widths_of(p.cell).gates * p.hidden * (p.inputs + p.outputs);
-      for (const Matrix& m : {p.weight_ih, p.weight_hh, p.weight_hr}) {
-        if (m.data != nullptr) used.push_back(m.data);
-      }
     }
   }
   if (rows == 1 && elements <= kFewWeights) return nullptr;
-  const auto panels_in = [](const std::shared_ptr<Known>& known) {
-    return std::shared_ptr<PanelsOfCall>(known, &known->panels);
+  const std::shared_ptr<Known> known = known_;
+  const auto is_unchanged = [&](const Used& now, const Weight& weight) {
+    return weight.tensor().is(now.tensor) && weight.data == now.data &&
+           (!known->counted || (weight.version == version_of(now.tensor) && weight.data == memory_of(weight.alias)));
   };
-  const std::shared_ptr<Known> before = known_;
-  const auto is_unchanged = [](const void* data, const Weight& weight) {
-    return data == weight.data && weight.version == version_of(weight.alias);
-  };
-  if (before != nullptr &&
-      std::equal(used.begin(), used.end(), before->weights.begin(), before->weights.end(), is_unchanged)) {
-    return panels_in(before);
+  const uint64_t doubts_now = doubts;
+  if (known != nullptr && known->panels.size() == runs && known->doubts == doubts_now &&
+      std::equal(used.begin(), used.end(), known->weights.begin(), known->weights.end(), is_unchanged)) {
+    return known->counted ? std::shared_ptr<PanelsOfCall>(known, &known->panels) : nullptr;
   }
   known_ = nullptr;
-  std::vector<Weight> given, found;
-  for (const py::handle weight : weights) {
-    py::object alias = weight.attr("detach")();
-    const void* const data = read_tensor(alias, "weight").data;
-    const int64_t version = version_of(alias);
-    given.push_back({data, std::move(alias), version});
+  Known found{doubts_now, true, {}, PanelsOfCall(runs)};
+  for (const Used& now : used) {
+    const int64_t version = version_of(now.tensor);
+    py::object alias = now.tensor.attr("detach")();
+    // A copy that was multiplied with, as of one that is not contiguous, comes from anywhere.
+    found.counted = found.counted && version >= 0 && memory_of(alias) == now.data;
+    found.weights.push_back({py::weakref(now.tensor), version, now.data, std::move(alias)});
   }
-  for (const void* data : used) {
-    const auto weight = std::find_if(given.begin(), given.end(), [&](const Weight& w) { return w.data == data; });
-    if (weight == given.end() || weight->version < 0) return nullptr;
-    found.push_back(*weight);
-  }
-  const auto known = std::make_shared<Known>(Known{std::move(found), PanelsOfCall(runs)});
-  known_ = known;
-  return panels_in(known);
+  known_ = std::make_shared<Known>(std::move(found));
+  return nullptr;
 }
 
 }  // namespace pyrnnfast

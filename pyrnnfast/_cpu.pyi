@@ -5,8 +5,11 @@ from torch import Tensor
 
 Tensors = tuple[Tensor | None, ...]
 
-class Prepacked: ...
+class Prepacked:
+    @property
+    def bytes(self) -> int: ...
 
+def doubt_weights() -> None: ...
 def forward(
     cell: str,
     x: Tensor,

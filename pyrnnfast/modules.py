@@ -344,7 +344,10 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None, **given: Unpack
         ValueError: the ``batch_sizes`` of packed input do not describe its data.
     """
     if isinstance(module, (_Layers, _Cells)):
-        return Explanation(*functional.explain(module._spec(), input, hx, module._weights(), _extras(given)))
+        path, reason = functional.explain(module._spec(), input, hx, module._weights(), _extras(given))
+        if module._prepacked is not None:
+            reason += f" (prepack keeps {module._prepacked.bytes / 2**20:.1f} MiB)"
+        return Explanation(path, reason)
     if isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         return Explanation("torch", f"{type(module).__name__} is torch's own; pyrnnfast.replace(model) swaps it")
     raise TypeError(f"explain takes a recurrent module, got {type(module).__name__}")

@@ -46,7 +46,8 @@ def call(
         weights: weight_ih, weight_hh and perhaps bias_ih, bias_hh of each layer and direction, and with projections
             weight_hr behind them
         otherwise: torch's own way to do it, given input and hx
-        owner: the module that has the weights, if one has
+        owner: the module that has the weights, if one has (and not what it has prepacked, for which a compiler, which
+            does not come so far, would have to look)
 
     Raises:
         ValueError: as :func:`pyrnnfast.obstacles.check_packed`

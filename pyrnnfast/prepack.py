@@ -1,8 +1,10 @@
 """Weights that stay packed from call to call, for models that serve."""
 
-from typing import TypeVar
+import functools
+from typing import Any, TypeVar
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _cpu, modules
 
@@ -15,33 +17,55 @@ def prepack(model: ModelT, mode: bool = True) -> ModelT:
 
     Without, each call on the CPU packs them anew, or, for a few rows, reads them where they lie: as much time as
     several steps of few sequences take. So this is for models that are called with the same weights over and over: a
-    step or a few at a time (streaming, decoders, rollouts), or with short sequences. It is at work in eager calls
-    without gradients (``torch.inference_mode()``, ``torch.no_grad()``) with plain input, packed or not, but without
-    ``lengths``, ``reset`` and ``cell_states``; other calls, and training, are as before.
+    step or a few at a time (streaming, decoders, rollouts), or with short sequences.
 
-    The first such call packs, in memory of about the size of the weights. When they have changed the next one does so
-    again: by an optimizer, ``load_state_dict``, any operation in place, other tensors in their place. What torch itself
-    does not count as a change (writing through ``.data``, NumPy or memory shared with another process) is noticed if
-    it changes a weight as a whole; when it changes a few of its elements only, call this again. Weights that were made
-    in inference mode, of which torch counts no changes, are packed at each call as before.
+    It is at work in eager calls without gradients (``torch.inference_mode()``, ``torch.no_grad()``). Others are as
+    before: with gradients; in graphs, transforms and, but for cells, autocast; with ``lengths``, ``reset``,
+    ``cell_states`` or nested tensors; unbatched ones of cells; single steps without an initial state, or of one
+    sequence with up to 2¹⁷ weights; with weights that are not contiguous.
 
-    Packed weights may give other last bits than those read where they lie; calls among themselves give the same.
+    The second call with the same weights packs them, in memory of about their size (float16: up to four times); so
+    weights that are others in every call cost next to nothing. When they have changed, that begins anew: by an
+    optimizer, ``load_state_dict``, an operation in place, another tensor in their place. Changes that torch does not
+    count (through ``.data``, NumPy, memory shared with another tensor or process) are looked for in sixteen elements of
+    each weight, and missed if those are as they were; call this again then. Weights made in inference mode, of which
+    torch counts no changes, are not kept.
+
+    A call with packed weights may give other last bits than the first one, which had none. :func:`pyrnnfast.explain`
+    tells how much memory is kept, which is until the next call that finds other weights.
 
     Args:
         mode: False: let go of what is kept, and keep nothing
 
     Returns:
-        ``model`` itself. Copies of it, and what is loaded from a file of it, pack for themselves.
+        ``model`` itself. Deep copies of it, and what is loaded from a file of it, keep weights, too, but their own.
 
     Raises:
-        ValueError: ``model`` has no recurrent module of ours.
+        ValueError: ``model`` has no recurrent module of ours, and ``mode`` is true.
     """
     ours = [module for module in model.modules() if isinstance(module, modules._Ours)]
     if mode and not ours:
         raise ValueError("the model has no recurrent module of pyrnnfast; pyrnnfast.replace(model) swaps torch's")
     for module in ours:
         if mode:
-            module._prepacked = _cpu.Prepacked()
+            module._prepacked = keeping()
         else:
             vars(module).pop("_prepacked", None)
     return model
+
+
+def keeping() -> _cpu.Prepacked:
+    """What a module keeps its weights in: nothing yet."""
+    _watch_optimizers()
+    return _cpu.Prepacked()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """With ``fused=True`` they do not count as changes what they do."""
+
+    def doubt(*_: Any) -> None:
+        if not torch.compiler.is_compiling():  # what is compiled does count
+            _cpu.doubt_weights()
+
+    register_optimizer_step_post_hook(doubt)

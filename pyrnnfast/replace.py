@@ -10,7 +10,6 @@ import torch
 from torch.nn.utils import parametrize
 
 from . import modules
-from .prepack import prepack
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
@@ -30,6 +29,7 @@ def _swap(model: ModelT, classes: dict[type[torch.nn.Module], type[torch.nn.Modu
         old = type(module)
         if old in classes:
             module.__class__ = classes[old]
+            vars(module).pop("_prepacked", None)  # if there is any, it is of ours
         elif parametrize.is_parametrized(module) and old.__bases__[0] in classes:
             # torch derives a class for each parametrized module, with a property for each parametrized tensor.
             base = classes[old.__bases__[0]]
@@ -63,4 +63,4 @@ def restore(model: ModelT) -> ModelT:
     for name, module in model.named_modules():
         if isinstance(module, modules.LSTM) and module.cell_states:
             raise ValueError(f"torch.nn.LSTM has no cell_states, as asked of {name or 'the module'}")
-    return _swap(prepack(model, False), _STOCK)
+    return _swap(model, _STOCK)

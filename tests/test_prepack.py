@@ -7,6 +7,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -50,7 +52,8 @@ def test_the_same_bits_as_of_weights_packed_at_each_call(case: Case, dtype: torc
         _cpu.set_threshold("unpacked_rows", -1 if case.steps * case.batch == 1 else 0)
         expected = module(case.packed(x), case.hx(states))
         _cpu.set_threshold("unpacked_rows", -1)
-        for _ in range(3):
+        torch.testing.assert_close(prepacked(case.packed(x), case.hx(states)), expected)
+        for _ in range(3):  # the call that packs, and others
             assert same(prepacked(case.packed(x), case.hx(states)), expected)
 
 
@@ -61,13 +64,14 @@ def test_right_on_every_instruction_set(case: Case, instruction_set: str) -> Non
     x, states = case.operands()
     expected = case.run_reference(truth, *(t.double() for t in (x,)), tuple(s.double() for s in states))
     with torch.inference_mode():
-        for _ in range(2):
+        for _ in range(3):
             found = case.run(module, x, states)
             torch.testing.assert_close(found, {k: v.float() for k, v in expected.items()}, rtol=1e-5, atol=1e-5)
 
 
 def test_instruction_sets_by_turns() -> None:
-    module = pyrnnfast.prepack(pyrnnfast.GRU(5, 19))
+    """Of 16 units, for which all of them have as much memory."""
+    module = pyrnnfast.prepack(pyrnnfast.GRU(5, 16))
     x = torch.randn(2, 3, 5)
     with torch.no_grad():
         expected = module(x)
@@ -80,21 +84,29 @@ STEP = Case("lstm", steps=1, batch=3, inputs=20, hidden=33)
 """Whose weights have rows and columns, such as the second, of which no element is looked at."""
 
 
-def secretly_changed(module: torch.nn.Module) -> None:
-    """One number of W_hh."""
-    weight = module.get_parameter("weight_hh_l0")
+def called(module: torch.nn.Module, *operands: Any) -> Any:
+    """The results of a call that finds its weights packed."""
+    for _ in range(2):
+        module(*operands)
+    return module(*operands)
+
+
+def secretly_changed(module: torch.nn.Module, name: str = "weight_hh_l0") -> None:
+    """One number of it."""
+    weight = module.get_parameter(name)
     version = weight._version
     weight.data[1, 1] += 100
     assert weight._version == version
 
 
-def test_they_stay() -> None:
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+def test_they_stay(name: str) -> None:
     x, states = STEP.operands()
     module, fresh = pyrnnfast.prepack(STEP.module(pyrnnfast)), STEP.module(pyrnnfast)
     with torch.no_grad():
-        before = module(x, states)
+        before = called(module, x, states)
         for m in (module, fresh):
-            secretly_changed(m)
+            secretly_changed(m, name)
         changed = fresh(x, states)
         assert not torch.allclose(changed[0], before[0])
         assert same(module(x, states), before)
@@ -103,16 +115,21 @@ def test_they_stay() -> None:
     with torch.no_grad():
         assert same(module(x, states), before)
         pyrnnfast.prepack(module)
-        torch.testing.assert_close(module(x, states), changed)
-    # Two numbers of threads, of rows and of steps have the same.
+        torch.testing.assert_close(called(module, x, states), changed)
+
+
+def test_other_calls_share_them() -> None:
+    x, states = STEP.operands()
+    module, fresh = pyrnnfast.prepack(STEP.module(pyrnnfast)), STEP.module(pyrnnfast)
     with torch.no_grad():
-        before = module(x, states)
+        before = called(module, x, states)
         secretly_changed(module)
         torch.set_num_threads(2)
+        _cpu.set_threshold("serial_operations", 0)
         assert same(module(x, states), before)
         longer = module(x.expand(4, -1, -1), states)
         torch.testing.assert_close(longer[0][:1], before[0])
-        torch.testing.assert_close(module(x[:, :1], tuple(s[:, :1].contiguous() for s in states))[0], before[0][:, :1])
+        torch.testing.assert_close(module(x[:, :2], tuple(s[:, :2].contiguous() for s in states))[0], before[0][:, :2])
         # A first step without a state has no use for W_hh, and is as it would be.
         torch.testing.assert_close(module(x), fresh(x))
         assert same(module(x, states), before)
@@ -122,15 +139,34 @@ def test_many_weights_stay_for_one_row() -> None:
     module = pyrnnfast.prepack(pyrnnfast.GRUCell(300, 200))
     x, h = torch.randn(1, 300), torch.randn(1, 200)
     with torch.no_grad():
-        before = module(x, h)
+        before = called(module, x, h)
         module.weight_hh.data[1, 1] += 100
         assert same(module(x, h), before)
+
+
+def test_explain_tells_how_much() -> None:
+    module = pyrnnfast.prepack(pyrnnfast.LSTM(256, 256))
+    x = torch.randn(2, 1, 256)
+    with torch.no_grad():
+        assert pyrnnfast.explain(module, x).reason == "served by pyrnnfast._cpu (prepack keeps 0.0 MiB)"
+        called(module, x)
+        assert pyrnnfast.explain(module, x).reason == "served by pyrnnfast._cpu (prepack keeps 2.0 MiB)"
 
 
 def step_of_an_optimizer(module: torch.nn.Module) -> None:
     with torch.enable_grad():
         module(torch.ones(2, 3, 20))[0].sum().backward()
     torch.optim.SGD(module.parameters(), lr=0.1).step()
+
+
+def fused_step_of_an_optimizer(module: torch.nn.Module) -> None:
+    """Which torch does not count, and of which the sample need not see anything."""
+    weight = module.get_parameter("weight_hh_l0")
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[1, 1] = 100.0
+    version = weight._version
+    torch.optim.SGD([weight], lr=0.1, fused=True).step()
+    assert weight._version == version
 
 
 def in_place(module: torch.nn.Module) -> None:
@@ -163,9 +199,27 @@ def other_parameter(module: torch.nn.Module) -> None:
 
 
 def transposed(module: torch.nn.Module) -> None:
-    """The same memory, another matrix."""
+    """Not contiguous: what is multiplied with is a copy."""
     weight = module.get_parameter("weight_hh_l0")
     weight.data = weight.data.as_strided(weight.shape, (1, 4 * 33))
+
+
+def parameter_of_the_same_data(module: torch.nn.Module) -> None:
+    """With its own count of changes."""
+    module.weight_hh_l0 = torch.nn.Parameter(module.get_parameter("weight_hh_l0").data)
+    module.weight_hh_l0[1, 1] += 3.0
+    assert module.weight_hh_l0._version > 0
+
+
+def parameters_of_the_same_data(module: torch.nn.Module) -> None:
+    for _ in range(2):
+        parameter_of_the_same_data(module)
+
+
+def reshaped(module: torch.nn.Module) -> None:
+    """The same memory, and another matrix after all."""
+    weight = module.get_parameter("weight_hh_l0")
+    weight.data = weight.data[:, :1].repeat(1, 33).contiguous()
 
 
 def loaded(module: torch.nn.Module) -> None:
@@ -195,12 +249,16 @@ def of_double_precision(module: torch.nn.Module) -> None:
 
 CHANGES = [
     step_of_an_optimizer,
+    fused_step_of_an_optimizer,
     in_place,
     a_slice_in_place,
     by_a_view_of_data,
     by_numpy,
     other_data,
     other_parameter,
+    parameter_of_the_same_data,
+    parameters_of_the_same_data,
+    reshaped,
     transposed,
     loaded,
     assigned,
@@ -211,24 +269,38 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
 @pytest.mark.parametrize("steps", [1, 5])
-def test_changes_are_noticed(change: Callable[[torch.nn.Module], None], steps: int) -> None:
+def test_changes_are_noticed(
+    change: Callable[[torch.nn.Module], None], steps: int, without_gradients: Callable[[], Any]
+) -> None:
     case = replace(STEP, steps=steps)
     module, prepacked = case.module(pyrnnfast), pyrnnfast.prepack(case.module(pyrnnfast))
     x, states = case.operands()
-    with torch.no_grad():
-        before = prepacked(x, states)
-        for _ in range(2):
-            torch.manual_seed(0)
+    with without_gradients():
+        before = called(prepacked, x, states)
+    for _ in range(2):
+        with torch.no_grad():
             change(module)
-            torch.manual_seed(0)
             change(prepacked)
-            dtype = module.get_parameter("weight_hh_l0").dtype
-            own = x.to(dtype), tuple(s.to(dtype) for s in states)
-            found = prepacked(*own)
-            torch.testing.assert_close(found, module(*own))
-            assert same(prepacked(*own), found)
-        assert not torch.equal(found[0], before[0])
+        dtype = module.get_parameter("weight_hh_l0").dtype
+        own = x.to(dtype), tuple(s.to(dtype) for s in states)
+        with without_gradients():
+            expected = module(*own)
+            for _ in range(3):
+                found = prepacked(*own)
+                torch.testing.assert_close(found, expected)
+    assert not torch.equal(found[0], before[0])
+
+
+def test_changes_in_inference_mode() -> None:
+    module, prepacked = STEP.module(pyrnnfast), pyrnnfast.prepack(STEP.module(pyrnnfast))
+    x, states = STEP.operands()
+    with torch.inference_mode():
+        called(prepacked, x, states)
+        for m in (module, prepacked):
+            in_place(m)
+        torch.testing.assert_close(prepacked(x, states), module(x, states))
 
 
 def test_weights_of_inference_mode_are_packed_each_time() -> None:
@@ -237,7 +309,7 @@ def test_weights_of_inference_mode_are_packed_each_time() -> None:
         module, fresh = (STEP.module(pyrnnfast) for _ in range(2))
         x, states = STEP.operands()
         pyrnnfast.prepack(module)
-        for _ in range(2):
+        for _ in range(4):
             torch.testing.assert_close(module(x, states), fresh(x, states))
             for m in (module, fresh):
                 m.get_parameter("weight_hh_l0")[1, 1] += 100
@@ -248,8 +320,8 @@ def test_bidirectional_stack_of_which_one_weight_changes() -> None:
     module, prepacked = case.module(pyrnnfast), pyrnnfast.prepack(case.module(pyrnnfast))
     x, states = case.operands()
     with torch.no_grad():
-        prepacked(x, case.hx(states))
         for name, _ in module.named_parameters():
+            called(prepacked, x, case.hx(states))
             for m in (module, prepacked):
                 m.get_parameter(name).view(-1)[-2] += 5.0
             torch.testing.assert_close(prepacked(x, case.hx(states)), module(x, case.hx(states)))
@@ -262,7 +334,7 @@ def test_narrow_weights_for_few_and_for_many_rows(dtype: torch.dtype, projected:
     module, prepacked = case.module(pyrnnfast, dtype), pyrnnfast.prepack(case.module(pyrnnfast, dtype))
     _cpu.set_threshold("serial_operations", 0)
     with torch.no_grad():
-        for batch in (1, 20, 1, 20, 9):
+        for batch in (1, 20, 1, 20, 9, 1):
             x = torch.randn(2, batch, 20).to(dtype)
             for threads in (1, 3):
                 torch.set_num_threads(threads)
@@ -296,25 +368,26 @@ def test_copies(copied: Callable[[torch.nn.Module], Any]) -> None:
     module = pyrnnfast.prepack(STEP.module(pyrnnfast))
     x, states = STEP.operands()
     with torch.no_grad():
-        before = module(x, states)
+        before = called(module, x, states)
         other = copied(module)
         assert isinstance(other._prepacked, _cpu.Prepacked)
-        assert same(other(x, states), before)
+        assert same(called(other, x, states), before)
         if other.weight_hh_l0 is not module.get_parameter("weight_hh_l0"):
+            assert other._prepacked is not module._prepacked
             other.weight_hh_l0.zero_()
             assert not same(other(x, states), before)
-        assert same(module(x, states), before)
+        assert same(called(module, x, states), before)
 
 
 def test_weights_that_are_not_the_modules_own() -> None:
     module = pyrnnfast.prepack(STEP.module(pyrnnfast))
     x, states = STEP.operands()
     with torch.no_grad():
-        before = module(x, states)
+        before = called(module, x, states)
         zeros = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
         given = torch.func.functional_call(module, zeros, (x, states))
         torch.testing.assert_close(given[0][0], torch.sigmoid(torch.tensor(0.0)) * torch.tanh(states[1] * 0.5)[0])
-        assert same(module(x, states), before)
+        assert same(called(module, x, states), before)
     parametrizations.weight_norm(module, "weight_hh_l0")
     assert isinstance(module.parametrizations.weight_hh_l0.original0, Tensor)  # type: ignore[union-attr]
     with torch.no_grad():
@@ -347,15 +420,71 @@ def test_nothing_stays_alive() -> None:
     assert weight() is None
 
 
-def test_no_inputs() -> None:
-    """Which torch's constructors refuse."""
-    module, prepacked = pyrnnfast.GRU(1, 5), pyrnnfast.prepack(pyrnnfast.GRU(1, 5))
-    prepacked.load_state_dict(module.state_dict())
-    for m in (module, prepacked):
-        m.input_size, m.weight_ih_l0 = 0, torch.nn.Parameter(torch.empty(15, 0))
+def test_one_weight_in_two_places() -> None:
+    case = replace(STEP, layers=2, inputs=33)
+    module, prepacked = case.module(pyrnnfast), pyrnnfast.prepack(case.module(pyrnnfast))
+    x, states = case.operands()
     with torch.no_grad():
-        for _ in range(2):
-            torch.testing.assert_close(prepacked(torch.ones(3, 2, 0)), module(torch.ones(3, 2, 0)))
+        for m in (module, prepacked):
+            m.weight_hh_l1 = m.weight_hh_l0
+            m.weight_ih_l1.data = m.weight_ih_l0.data  # of which each counts its own changes
+        called(prepacked, x, states)
+        for name in ("weight_hh_l0", "weight_ih_l0"):
+            for m in (module, prepacked):
+                m.get_parameter(name)[1, 1] += 100
+            torch.testing.assert_close(called(prepacked, x, states), module(x, states))
+
+
+def test_what_is_kept_for_as_many_matrices_of_other_layers() -> None:
+    """Six of three layers, six of two with projections, in the same memory."""
+    keeping = _cpu.Prepacked()
+    same_memory = torch.randn(4 * 5 * 5)
+
+    def call(layers: int, projected: int) -> Any:
+        shapes = ((20, 5), (20, projected or 5)) + ((projected, 5),) * (projected > 0)
+        weights = tuple(same_memory[: n * k].view(n, k) for n, k in shapes) * layers
+        form, x = ("lstm", layers, 1, False, False), torch.ones(2, 3, 5)
+        types, outputs = (Tensor,), projected or 5
+        return _cpu.forward_plain(types, form, x, None, weights, 5, 5, outputs, None, False, keeping, 1)
+
+    for _ in range(3):
+        call(2, 5), call(3, 0)
+
+
+def test_junk() -> None:
+    for junk in (object(), 3, STEP):
+        with pytest.raises(TypeError, match="prepacked must be"):
+            _cpu.forward_plain((), (), None, None, (), 1, 1, 1, None, False, junk, 1)  # type: ignore[arg-type]
+
+
+FORKING = """
+import os, threading, torch, pyrnnfast
+module, x, h = pyrnnfast.prepack(pyrnnfast.GRUCell(20, 33)), torch.ones(3, 20), torch.ones(3, 33)
+stop = False
+def call():
+    with torch.no_grad():
+        while not stop:
+            module(x, h)
+with torch.no_grad():
+    expected = [module(x, h) for _ in range(3)][-1]
+threads = [threading.Thread(target=call) for _ in range(2)]
+for thread in threads:
+    thread.start()
+codes = []
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        with torch.no_grad():
+            os._exit(0 if all(torch.equal(module(x, h), expected) for _ in range(3)) else 1)
+    codes.append(os.waitpid(child, 0)[1])
+stop = True
+print(codes)
+"""
+
+
+def test_forked_beside_calls() -> None:
+    result = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout == f"{[0] * 10}\n"
 
 
 def test_threads_of_python_share_them_while_weights_change() -> None:

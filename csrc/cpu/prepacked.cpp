@@ -1,7 +1,6 @@
 // Panels that are kept; see prepacked.h.
 #include "prepacked.h"
 
-#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -13,7 +12,7 @@ namespace {
 // Some elements from all over a matrix, so that no rows and no columns of any number are left out.
 uint64_t sample_of(const Matrix& m, int64_t rows, int64_t columns, int64_t element, uint64_t sample) {
   constexpr int64_t count = 16, stride = 7;  // without a common divisor
-  if (m.data == nullptr || rows * columns == 0) return sample;
+  if (m.data == nullptr) return sample;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = (rows - 1) * i / (count - 1), column = (columns - 1) * (i * stride % count) / (count - 1);
     uint64_t bits = 0;
@@ -51,21 +50,36 @@ Panels::Panels(const PanelKey& of) : key(of) {
 }
 
 std::shared_ptr<Panels> KeptPanels::find(const PanelKey& wanted) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& panels : kept_) {
-    if (panels->key == wanted) return panels;
+  const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (lock) {
+    for (const auto& panels : kept_) {
+      if (panels != nullptr && panels->key == wanted) return panels;
+    }
+    // Before there are others.
+    kept_.back() = nullptr;
+    if (kept_.front() != nullptr && kept_.front()->key.sample != wanted.sample) kept_.front() = nullptr;
   }
-  // Before there are others.
-  if (!kept_.empty() && kept_.front()->key.sample != wanted.sample) kept_.clear();
-  if (kept_.size() == kMost) kept_.pop_back();
   return std::make_shared<Panels>(wanted);
 }
 
 void KeptPanels::keep(std::shared_ptr<Panels> filled) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  // Of weights that another call has found changed meanwhile there may be some: then the next one will find this so.
-  kept_.insert(kept_.begin(), std::move(filled));
-  kept_.resize(std::min(kept_.size(), kMost));
+  const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (!lock) return;
+  // Another call may have come first.
+  for (const auto& panels : kept_) {
+    if (panels != nullptr && panels->key == filled->key) return;
+  }
+  kept_.back() = std::move(kept_.front());
+  kept_.front() = std::move(filled);
+}
+
+int64_t KeptPanels::bytes() {
+  const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  int64_t total = 0;
+  if (lock) {
+    for (const auto& panels : kept_) total += panels == nullptr ? 0 : static_cast<int64_t>(panels->memory->bytes);
+  }
+  return total;
 }
 
 }  // namespace pyrnnfast

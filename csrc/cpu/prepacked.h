@@ -7,7 +7,6 @@
 #include <memory>
 #include <mutex>
 #include <tuple>
-#include <vector>
 
 #include "kernel.h"
 #include "memory.h"
@@ -19,7 +18,7 @@ inline constexpr std::array kPanelRegions{kPackedHidden, kPackedInput, kPackedPr
 template <class T>
 using EachPanelRegion = std::array<T, kPanelRegions.size()>;
 
-// How panels are laid out, and of what.
+// How panels are laid out, and of what. Sizes and types, too: a weight may be seen in several ways where it lies.
 struct PanelKey {
   const InstructionSet* isa;
   CellKind cell;
@@ -51,17 +50,17 @@ struct Panels {
 // same time may share them.
 class KeptPanels {
  public:
-  // The ones that are kept, or else new ones, to be filled and then kept.
+  // The ones that are kept, or else new ones, to be filled and then kept. Neither waits for another call: who forks
+  // while a thread of his is here has a child in which it would be for ever.
   std::shared_ptr<Panels> find(const PanelKey& wanted);
   void keep(std::shared_ptr<Panels> filled);
+  int64_t bytes();
 
  private:
-  // Of a narrow type, calls with few sequences and with many want different ones; and so do projections with different
-  // numbers of threads.
-  static constexpr size_t kMost = 2;
-
   std::mutex mutex_;
-  std::vector<std::shared_ptr<Panels>> kept_;  // the newest first
+  // The newest first. Of a narrow type, calls with few sequences and with many want different ones; and so do
+  // projections with different numbers of threads.
+  std::array<std::shared_ptr<Panels>, 2> kept_;
 };
 
 }  // namespace pyrnnfast
