@@ -76,9 +76,11 @@ class Workers:
 
 
 def by_turns(sides: Mapping[str, Workers], seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Calls a second of each side, in each of its turns."""
-    found: dict[str, list[float]] = {side: [] for side in sides}
+    """Calls a second of each side, in each of its turns; each round begins with another side."""
+    names = list(sides)
+    found: dict[str, list[float]] = {side: [] for side in names}
     for turn in range(rounds):
-        for side in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+        k = turn % len(names)
+        for side in names[k:] + names[:k]:
             found[side].append(sides[side].calls_a_second(seconds))
     return found
