@@ -12,6 +12,8 @@ import torch
 from .rows import Row
 from .timing import thread_count
 
+_REST = 0.1  # seconds
+
 
 @contextmanager
 def setting(row: Row) -> Iterator[None]:
@@ -76,11 +78,16 @@ class Workers:
 
 
 def by_turns(sides: Mapping[str, Workers], seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Calls a second of each side, in each of its turns; each round begins with another side."""
+    """Calls a second of each side, in each of its turns; each round begins with another side.
+
+    Before a turn is a rest: threads of the last one go on looking for work for a while, and ours would take them for
+    company.
+    """
     names = list(sides)
     found: dict[str, list[float]] = {side: [] for side in names}
     for turn in range(rounds):
         k = turn % len(names)
         for side in names[k:] + names[:k]:
+            time.sleep(_REST)
             found[side].append(sides[side].calls_a_second(seconds))
     return found
