@@ -209,6 +209,19 @@ def dense_batches(row: Row) -> Counter[int]:
     return Counter(row.batch_sizes) if ragged else Counter()
 
 
+def our_step(row: Row, prepacked: bool = False) -> Step:
+    """The row's call on ours.
+
+    Raises:
+        NotFused: it would not run on our kernels.
+    """
+    ours = module(row, ours=True)
+    found = pyrnnfast.explain(ours, input_of(row), _state(row))
+    if found.path != "fused":
+        raise NotFused(f"not fused but {found}")
+    return step(row, pyrnnfast.prepack(ours) if prepacked else ours)
+
+
 def sides(row: Row) -> dict[str, Step]:
     """What to time turn by turn: ``torch``, ``ours``, and what else the row is to be compared with.
 
@@ -219,13 +232,6 @@ def sides(row: Row) -> dict[str, Step]:
     Raises:
         NotFused: what is called ours would not run on our kernels.
     """
-
-    def our_step(row: Row) -> Step:
-        ours = module(row, ours=True)
-        found = pyrnnfast.explain(ours, input_of(row), _state(row))
-        if found.path != "fused":
-            raise NotFused(f"not fused but {found}")
-        return step(row, ours)
 
     result = {"torch": step(row, module(row, ours=False)), "ours": our_step(row)}
     if row.kind == "layer" and row.cell == "lstm" and row.mode == "inference" and row.shape[:2] == (1, 1):

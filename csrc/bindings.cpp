@@ -63,11 +63,12 @@ class OnThreads final : public Backend {
   const Rules& rules() const override { return kCpuRules; }
   void run(const std::vector<Checked<Forward>>& layers) const override {
     const auto panels = prepacked_ == nullptr ? nullptr : prepacked_->panels_of(layers, weights_);
-    if (panels == nullptr) return run_without_gil(layers, threads_);
     const py::gil_scoped_release release;
     size_t next = 0;
     for (const Checked<Forward>& layer : layers) {
-      for (const Forward& direction : layer.directions) pyrnnfast::run(direction, threads_, &(*panels)[next++]);
+      for (const Forward& direction : layer.directions) {
+        pyrnnfast::run(direction, threads_, panels == nullptr ? nullptr : &(*panels)[next++]);
+      }
     }
   }
   void run(const std::vector<Checked<Backward>>& layers) const override { run_without_gil(layers, threads_); }

@@ -21,8 +21,8 @@ def prepack(model: ModelT, mode: bool = True) -> ModelT:
 
     It is at work in eager calls without gradients (``torch.inference_mode()``, ``torch.no_grad()``). Others are as
     before: with gradients; in graphs, transforms and, but for cells, autocast; with ``lengths``, ``reset``,
-    ``cell_states`` or nested tensors; unbatched ones of cells; single steps without an initial state, or of one
-    sequence with up to 2¹⁷ weights; with weights that are not contiguous.
+    ``cell_states``, nested tensors or dropout between layers; unbatched ones of cells; single steps without an initial
+    state, or of one sequence with up to 2¹⁷ weights; with weights that are not contiguous.
 
     The second call with the same weights packs them, in memory of about their size (float16: up to four times); so
     weights that are others in every call cost next to nothing. When they have changed, that begins anew: by an

@@ -94,7 +94,7 @@ def test_neither_are_some_milliseconds_every_now_and_then(length: float) -> None
     machine = Machine(2, length)
     sizes = []
     for _ in range(8):
-        sizes += machine.run(1.0, 15) + machine.run(2.0, 185)
+        sizes += machine.run(1.0, 25) + machine.run(2.0, 175)
     assert sizes.count(1) <= 0.15 * len(sizes)
 
 

@@ -32,7 +32,7 @@ void Company::heard(Time now, const Call& call) {
     on_trial_ = false;
     rate_of_fewer_ = rate;
     in_doubt_ = !crowded_ && rate > rate_;
-    if (in_doubt_) return begin(now, fewer_);
+    if (in_doubt_) return begin(now, fewer_);  // over: the team has all its threads again
     return hold(now, rate > rate_ ? fewer_ : judged_);
   }
   const double had = sum.most_threads * (1 - sum.without / sum.offered);
